@@ -1,0 +1,548 @@
+"""Every setting of the toolkit, typed, with where its value came from. No torch here: `--help` stays fast.
+
+Layers, later wins: defaults < preset (`extends` chains) < YAML file < `section.key=value` on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from hpc_ddpm.errors import ConfigError
+
+# ---------------------------------------------------------------------------------------------- sections
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, and unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int | float) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class LabelsConfig(Section):
+    """The label scheme of the masks: which integer means what, and how it becomes condition channels."""
+
+    names: dict[int, str] = Field(default={1: "head", 2: "tumour"}, min_length=1)
+    """Label value -> name. Each gets one condition channel, in this order; 0 is background and has none."""
+    remap: dict[int, int] = {}
+    """Applied to the values on disk before anything else, for example {4: 3}; unlisted values stay."""
+    foreground_label: int | None = None
+    """Given to unlabelled voxels where the first modality is above its background (BraTS: 4 = brain)."""
+    off_value: float = 0.0
+    """Value of a condition channel outside its label (Med-DDPM: 0 for BraTS, -1 for whole head)."""
+    on_value: float = 1.0
+    """Value of a condition channel inside its label."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LabelsConfig:
+        bad = [value for value in self.names if not 1 <= value <= 255]
+        if bad:
+            raise ValueError(f"label values must be 1..255 (0 is background), found {bad}")
+        if self.foreground_label is not None and self.foreground_label not in self.names:
+            raise ValueError(f"foreground_label {self.foreground_label} is not one of names {list(self.names)}")
+        if self.off_value == self.on_value:
+            raise ValueError("off_value and on_value are equal: the mask would be invisible to the network")
+        return self
+
+
+class DataConfig(Section):
+    """What is packed and how it reaches the network."""
+
+    path: str = ""
+    """Packed dataset (a directory with index.json) that training and sampling read."""
+    layout: Literal["auto", "tree", "brats_raw", "table"] = "auto"
+    """How the source is organised: mask/ + one folder per modality, one folder per BraTS case, or a table."""
+    modalities: Names = ("t1",)
+    """Image channels, in order."""
+    size: tuple[int, int, int] = (128, 128, 128)
+    """Packed size in voxels, (X, Y, Z) of the oriented NIfTI."""
+    orientation: str = Field(default="RAS", pattern=r"^[LRAPSI]{3}$|^native$")
+    """Axis codes every volume is brought to, or `native` to keep the file's own order."""
+    fit: Literal["crop_pad", "resize", "exact"] = "crop_pad"
+    """How a volume of another size becomes `size`: centre crop/pad, resample the field of view, or refuse."""
+    normalization: Literal["percentile", "window", "med_ddpm_whole_head", "med_ddpm_brats", "none"] = "percentile"
+    """Intensities to [-1, 1]: per-volume percentiles, a fixed window (HU), or Med-DDPM's own two ways."""
+    low: float = 0.5
+    """Lower percentile, or lower end of the window."""
+    high: float = 99.5
+    """Upper percentile, or upper end of the window."""
+    storage_dtype: Literal["int16", "float32"] = "int16"
+    """On disk: int16 (largest error 1.5e-5) or float32 (lossless)."""
+    shard_size_gib: float = Field(default=1.0, gt=0)
+    """Uncompressed volume data per HDF5 file, about."""
+    val_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of subjects held out (at least one where there are two), chosen by a hash of the subject id."""
+    num_workers: int = Field(default=2, ge=0)
+    """Reader processes per rank; 0 reads in the training process."""
+    labels: LabelsConfig = LabelsConfig()
+
+    @property
+    def num_modalities(self) -> int:
+        """Channels of a volume."""
+        return len(self.modalities)
+
+    @property
+    def num_labels(self) -> int:
+        """Channels of a condition."""
+        return len(self.labels.names)
+
+    @property
+    def spatial_shape(self) -> tuple[int, int, int]:
+        """(D, H, W) = (Z, Y, X), the network's order."""
+        x, y, z = self.size
+        return z, y, x
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if min(self.size) < 1:
+            raise ValueError(f"size must be positive, found {self.size}")
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ValueError(f"modalities must be distinct and at least one, found {list(self.modalities)}")
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, found {self.low} and {self.high}")
+        if self.normalization == "percentile" and not 0 <= self.low < self.high <= 100:
+            raise ValueError(f"percentiles must lie in 0..100, found {self.low} and {self.high}")
+        return self
+
+
+class ModelConfig(Section):
+    """The 3-D U-Net. Input and output channels follow from the data section."""
+
+    base_channels: int = Field(default=64, gt=0)
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 3, 4)
+    """One per level; each level below the first halves every axis."""
+    num_res_blocks: int = Field(default=1, gt=0)
+    """Residual blocks per level on the way down (one more on the way up)."""
+    attention_factors: tuple[int, ...] = ()
+    """Downsampling factors (1, 2, 4, ...) whose levels have self-attention, besides the middle."""
+    head_channels: int | None = Field(default=None, gt=0)
+    """Channels per attention head; null is one head, as in Med-DDPM."""
+    num_groups: int = Field(default=32, gt=0)
+    """GroupNorm groups; must divide every level's channels."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    time_max_period: float = Field(default=1000.0, gt=1)
+    """Longest period of the timestep embedding (Med-DDPM: 1000; guided-diffusion: 10000)."""
+    activation_checkpointing: Literal["none", "norm", "block", "full"] = "none"
+    """What backward recomputes: nothing, the norm+SiLU, each block, or each level's whole stack of blocks."""
+    channels_last: bool = False
+    """Keep activations in channels_last_3d (a GPU setting; weights stay contiguous)."""
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Every axis of a volume must be divisible by this."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(f"channel_multipliers must be positive, found {list(self.channel_multipliers)}")
+        for multiplier in self.channel_multipliers:
+            channels = self.base_channels * multiplier
+            if channels % self.num_groups:
+                raise ValueError(
+                    f"num_groups {self.num_groups} does not divide {channels} channels; "
+                    f"largest that fits all levels: {math.gcd(self.base_channels, 32)}"
+                )
+        factors = [2**level for level in range(len(self.channel_multipliers))]
+        wrong = [factor for factor in self.attention_factors if factor not in factors]
+        if wrong:
+            raise ValueError(f"attention_factors {wrong} are not among this network's levels {factors}")
+        return self
+
+
+class DiffusionConfig(Section):
+    """The noising process and the training target."""
+
+    schedule: Literal["cosine", "linear", "sigmoid"] = "cosine"
+    num_timesteps: int = Field(default=250, gt=1)
+    prediction_type: Literal["epsilon", "x_start", "v"] = "epsilon"
+    loss: Literal["l1", "l2", "huber"] = "l1"
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+    """Clip of the SNR in min-SNR loss weighting (Hang et al. 2023); null weights all timesteps alike."""
+    condition_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of training samples whose condition is blanked; above 0 makes classifier-free guidance possible."""
+
+
+class TrainingConfig(Section):
+    """The optimizer, the sharding and what is written when."""
+
+    num_steps: int = Field(default=100_000, gt=0)
+    """Optimizer steps (Med-DDPM calls its micro steps "epochs")."""
+    global_batch: int = Field(default=2, gt=0)
+    """Volumes per optimizer step over all ranks; accumulation = global_batch / (micro_batch * ranks)."""
+    micro_batch: int = Field(default=1, gt=0)
+    """Volumes per forward pass on one rank."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = Field(default=1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    gradient_clip: float = Field(default=0.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 (with fp32 master weights) where the device is fast at it, else fp32."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: partition nothing / optimizer state / + gradients / + parameters."""
+    reduce_bucket_size: int = Field(default=5_000_000, gt=0)
+    """Elements per gradient all-reduce; small, so that communication overlaps with backward."""
+    overlap_comm: bool = True
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    ema_warmup: bool = True
+    """Start with a short memory, min(decay, (1 + n) / (10 + n)) after n updates."""
+    ema_every_steps: int = Field(default=1, gt=0)
+    log_every_steps: int = Field(default=10, gt=0)
+    checkpoint_every_steps: int = Field(default=1000, gt=0)
+    keep_checkpoints: int = Field(default=3, gt=0)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro steps per optimizer step at `world_size` ranks; raises ConfigError where it does not divide."""
+        per_micro_step = self.micro_batch * world_size
+        if self.global_batch % per_micro_step:
+            raise ConfigError(
+                f"training.global_batch={self.global_batch} is not a multiple of micro_batch x ranks = "
+                f"{self.micro_batch} x {world_size} = {per_micro_step}; set training.global_batch="
+                f"{per_micro_step * max(1, round(self.global_batch / per_micro_step))} or use other ranks"
+            )
+        return self.global_batch // per_micro_step
+
+
+class SamplingConfig(Section):
+    """How volumes are generated."""
+
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc"] = "dpmpp_2m"
+    num_steps: int = Field(default=20, gt=0)
+    """Network evaluations per volume; at most diffusion.num_timesteps."""
+    eta: float = Field(default=0.0, ge=0, le=1)
+    """Stochasticity of ddim: 0 deterministic, 1 as noisy as ddpm."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """1 is off; needs a model trained with diffusion.condition_dropout > 0."""
+    clip_x_start: bool = True
+    """Clamp the predicted clean volume to [-1, 1] at every step."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the device is fast at it, else fp32."""
+    batch_size: int = Field(default=1, gt=0)
+    """Volumes generated at once by one rank; does not change any volume."""
+    replicas: int = Field(default=1, gt=0)
+    """Volumes per mask."""
+
+
+class Config(Section):
+    """One experiment, whole."""
+
+    name: str = "custom"
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        factor = self.model.downsampling_factor
+        if any(side % factor for side in self.data.size):
+            near = [max(factor, round(side / factor) * factor) for side in self.data.size]
+            raise ValueError(
+                f"data.size {list(self.data.size)} is not divisible by {factor} "
+                f"({len(self.model.channel_multipliers)} levels); nearest that is: {near}"
+            )
+        if self.sampling.num_steps > self.diffusion.num_timesteps:
+            raise ValueError(
+                f"sampling.num_steps {self.sampling.num_steps} exceeds diffusion.num_timesteps "
+                f"{self.diffusion.num_timesteps}"
+            )
+        if self.sampling.guidance_scale != 1 and not self.diffusion.condition_dropout:
+            raise ValueError("sampling.guidance_scale != 1 needs diffusion.condition_dropout > 0 in training")
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values, as stored in a run directory."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """Hash of all values (first 12 hexadecimal digits of SHA-256)."""
+        return hashlib.sha256(json.dumps(self.dump(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ----------------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A validated configuration and, for every setting that is not a default, where it came from."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+    def origin(self, key: str) -> str:
+        """`default`, `preset NAME`, `FILE:LINE` or `command line` for a dotted key."""
+        return self.origins.get(key, "default")
+
+
+def presets_dir() -> Path:
+    """The folder of shipped presets: inside the wheel, or the checkout's `configs/`."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def list_presets() -> list[str]:
+    """Names that `--config` accepts besides files."""
+    return sorted(path.stem for path in presets_dir().glob("*.yaml"))
+
+
+def load_config(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Loaded:
+    """Merge defaults, a preset or YAML file, and `section.key=value` strings into one validated Config.
+
+    Raises:
+        ConfigError: unknown key, wrong value, unreadable file; one line with place and nearest right name.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if source is not None:
+        for path in _chain(_find(source)):
+            _merge_file(path, values, origins)
+    for override in overrides:
+        key, value = _parse_override(override)
+        values[key] = value
+        origins[key] = "command line"
+    values.setdefault("name", Path(source).stem if source is not None else "custom")
+    return Loaded(_validate(values, origins), origins)
+
+
+def config_from_dict(tree: Mapping[str, Any], where: str) -> Config:
+    """Validate a stored configuration (of a run or of weights); `where` names it in errors."""
+    values = _flatten(tree, where)
+    return _validate(values, dict.fromkeys(values, where))
+
+
+def flatten_config(config: Config) -> dict[str, Any]:
+    """Dotted key -> plain value, sections in order."""
+    return _flatten(config.dump(), "config")
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    preset = presets_dir() / f"{source}.yaml"
+    if len(path.parts) == 1 and not path.suffix and preset.is_file():
+        return preset
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        raise ConfigError(f"no configuration file {path}; give an existing YAML file or a preset: {_presets()}")
+    raise ConfigError(
+        f"no preset or file called '{source}'{_did_you_mean(str(source), list_presets())}; presets: {_presets()}"
+    )
+
+
+def _presets() -> str:
+    return ", ".join(list_presets())
+
+
+def _chain(path: Path) -> list[Path]:
+    """The files to apply, furthest ancestor first."""
+    chain = [path]
+    while base := _read_yaml(chain[0])[0].get("extends"):
+        parent = _find(base)
+        if parent in chain:
+            raise ConfigError(f"{path}: 'extends' goes round in a circle through {parent}")
+        chain.insert(0, parent)
+    return chain
+
+
+def _merge_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> None:
+    tree, lines = _read_yaml(path)
+    tree.pop("extends", None)
+    is_preset = path.parent == presets_dir()
+    for key, value in _flatten(tree, str(path), lines).items():
+        values[key] = value
+        origins[key] = f"preset {path.stem}" if is_preset else f"{path}:{lines.get(key, 1)}"
+    values["name"] = tree.get("name", path.stem)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file's mapping and the line of every dotted key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections (data:, model:, ...), found a {type(tree).__name__}")
+    lines: dict[str, int] = {}
+
+    def visit(mapping: yaml.Node | None, prefix: str) -> None:
+        if isinstance(mapping, yaml.MappingNode):
+            for key_node, value_node in mapping.value:
+                key = f"{prefix}{key_node.value}"
+                if key in lines:
+                    raise ConfigError(f"{path}:{key_node.start_mark.line + 1}: '{key}' is given twice")
+                lines[key] = key_node.start_mark.line + 1
+                visit(value_node, f"{key}.")
+
+    visit(node, "")
+    return tree, lines
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, separator, raw = text.partition("=")
+    key = key.strip()
+    if not separator or not key:
+        raise ConfigError(f"'{text}' is not of the form section.key=value, for example training.zero_stage=2")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{text}': the value is not valid YAML") from error
+    if isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-4 as text
+            value = float(value)
+        except ValueError:
+            if "," in value and not value.startswith(("[", "{")):
+                value = [yaml.safe_load(part) for part in value.split(",")]
+    nested = _flatten(_nest(key, value), "command line")
+    if list(nested) != [key]:
+        raise ConfigError(f"'{text}': '{key}' is a section; give one of its settings: {', '.join(_children(key))}")
+    return key, value
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return typing.cast("dict[str, Any]", value)
+
+
+def _sections() -> dict[str, type[Section]]:
+    """Dotted prefix -> section class, the root as ''."""
+    found: dict[str, type[Section]] = {}
+
+    def visit(prefix: str, section: type[Section]) -> None:
+        found[prefix] = section
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                visit(f"{prefix}.{name}".strip("."), field.annotation)
+
+    visit("", Config)
+    return found
+
+
+def _children(section: str) -> list[str]:
+    prefix = f"{section}." if section else ""
+    return [f"{prefix}{name}" for name in _sections()[section].model_fields]
+
+
+def _all_keys() -> list[str]:
+    sections = _sections()
+    return [key for section in sections for key in _children(section) if key not in sections]
+
+
+def _flatten(tree: Mapping[str, Any], where: str, lines: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Nested sections to dotted keys, refusing what no section knows."""
+    sections = _sections()
+    flat: dict[str, Any] = {}
+
+    def place(key: str) -> str:
+        return f"{where}:{lines[key]}" if lines and key in lines else where
+
+    def visit(prefix: str, node: Mapping[str, Any]) -> None:
+        for name, value in node.items():
+            key = f"{prefix}.{name}".strip(".")
+            if key in sections:
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"{place(key)}: '{key}' is a section; give one of {', '.join(_children(key))}")
+                visit(key, value)
+            elif name in sections[prefix].model_fields:
+                flat[key] = value
+            else:
+                raise ConfigError(f"{place(key)}: unknown setting '{key}'{_suggest(key, prefix)}")
+
+    visit("", tree)
+    return flat
+
+
+def _suggest(key: str, section: str) -> str:
+    siblings = _children(section)
+    elsewhere = [name for name in _all_keys() if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = elsewhere or difflib.get_close_matches(key, siblings, n=1, cutoff=0.7)
+    near = near or difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.7)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; {section or 'the top level'} has: {', '.join(name.rsplit('.', 1)[-1] for name in siblings)}"
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _validate(values: dict[str, Any], origins: Mapping[str, str]) -> Config:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origins)) from None
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """The first problem of a validation error, as one line."""
+    problem = error.errors(include_url=False)[0]
+    parts = [str(part) for part in problem["loc"]]
+    key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in _all_keys()), ".".join(parts))
+    where = origins.get(key)
+    prefix = f"{where}: " if where else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        section = f"{key}: " if key else ""
+        changed = "" if where else _changed_in(key, origins)
+        return f"{prefix}{section}{message}{changed}"
+    return f"{prefix}{key}={problem['input']!r}: {message[0].lower()}{message[1:]}{_allowed(key)}"
+
+
+def _changed_in(section: str, origins: Mapping[str, str]) -> str:
+    """For a contradiction between settings: those of the section that the user set."""
+    mine = [f"{key} from {where}" for key, where in origins.items() if key.startswith(section) and key != "name"]
+    mine = [line for line in mine if "preset" not in line] or mine
+    return f" (set: {'; '.join(mine[:4])})" if mine else ""
+
+
+def _allowed(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    field = _sections().get(section, Config).model_fields.get(name)
+    if field is None:
+        return ""
+    annotation = field.annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is Literal:
+        return ""  # pydantic lists the values itself
+    return f"; example: {key}={json.dumps(field.default, default=str)}" if field.default is not None else ""

@@ -1,0 +1,1 @@
+"""NIfTI pairs in, packed HDF5 volumes out, and the order in which training reads them."""

@@ -1,0 +1,44 @@
+"""A file that exists is complete: write beside it, fsync, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Flush `temporary` to disk and rename it to `final` (same folder), so that a crash leaves old or new."""
+    _fsync(temporary)
+    temporary.replace(final)
+    _fsync(final.parent)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name in the folder of `path`; published on success, removed on an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically write `value` as JSON; the order of keys is kept."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

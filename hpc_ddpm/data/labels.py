@@ -1,0 +1,132 @@
+"""Label schemes: from the integers in a mask file to K condition channels on the device; 0 is background."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hpc_ddpm.config import LabelsConfig
+from hpc_ddpm.errors import DataFormatError
+
+BRATS_ENHANCING_ON_DISK, BRATS_ENHANCING, BRATS_BRAIN = 4, 3, 4
+OUTER_NAMES = ("head", "brain")
+
+
+def brats_raw_labels(labels: LabelsConfig) -> LabelsConfig:
+    """The scheme for raw BraTS masks (0, 1, 2, 4): 4 becomes 3, and 4, where named, is the rest of the brain.
+
+    A scheme that remaps labels itself is left alone.
+    """
+    if labels.remap:
+        return labels
+    update: dict[str, Any] = {"remap": {BRATS_ENHANCING_ON_DISK: BRATS_ENHANCING}}
+    if BRATS_BRAIN in labels.names and labels.foreground_label is None:
+        update["foreground_label"] = BRATS_BRAIN
+    return labels.model_copy(update=update)
+
+
+def remap_labels(mask: NDArray[Any], labels: LabelsConfig, path: Path) -> NDArray[np.uint8]:
+    """Mask values as on disk to the scheme's, as uint8; -1 counts as background (some BraTS files carry it).
+
+    Args:
+        mask: any shape, any number type, whole values.
+        labels: `remap` is applied once, to all values at the same time.
+        path: of the mask, for messages.
+
+    Raises:
+        DataFormatError: fractional values, or values that are neither 0 nor in `labels.names`.
+    """
+    values = np.unique(mask)
+    if mask.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
+        example = next(float(v) for v in values if not np.isfinite(v) or v != np.rint(v))
+        raise DataFormatError(
+            f"{path}: fractional label {example:g} found, whole numbers expected; "
+            "the mask was resampled with interpolation: resample it with nearest neighbour"
+        )
+    rules = {-1: 0, **labels.remap}
+    present = {int(value): rules.get(int(value), int(value)) for value in values}
+    unexpected = sorted(value for value, label in present.items() if label != 0 and label not in labels.names)
+    if unexpected:
+        raise DataFormatError(
+            f"{path}: unexpected labels {_some(unexpected)} found, expected 0 and {_named(labels)}; "
+            "map them with data.labels.remap or name them in data.labels.names"
+        )
+    remapped = np.zeros(mask.shape, np.uint8)
+    for value, label in present.items():
+        if label:
+            remapped[mask == value] = label
+    return remapped
+
+
+def add_foreground(mask: NDArray[np.uint8], inside: NDArray[np.bool_], labels: LabelsConfig) -> None:
+    """Give `labels.foreground_label`, if set, to the unlabelled voxels among `inside`; changes `mask`."""
+    if labels.foreground_label is not None:
+        mask[(mask == 0) & inside] = labels.foreground_label
+
+
+def outer_label(labels: LabelsConfig) -> int | None:
+    """The label that surrounds the others, without which a network draws noise: foreground, head or brain."""
+    if labels.foreground_label is not None:
+        return labels.foreground_label
+    return next((value for value, name in labels.names.items() if name in OUTER_NAMES), None)
+
+
+def check_present(mask: NDArray[np.uint8], labels: LabelsConfig, path: Path) -> None:
+    """Refuse a mask that is empty, lacks the outer label, or has raw BraTS values where the scheme has brain.
+
+    Raises:
+        DataFormatError: names the file and the labels.
+    """
+    counts = dict(zip(labels.names, count_labels(mask, labels).tolist(), strict=True))
+    found = [label for label, count in counts.items() if count]
+    if not found:
+        raise DataFormatError(f"{path}: the mask is empty, expected some of {_named(labels)}; leave the subject out")
+    outer = outer_label(labels)
+    if outer is not None and outer not in found:
+        raise DataFormatError(
+            f"{path}: label {outer} ({labels.names[outer]}) is missing, found {found}; give a mask "
+            "that has it (a raw BraTS mask gets it from its images: pack them as data.layout=brats_raw)"
+        )
+    is_raw = outer == BRATS_BRAIN and BRATS_ENHANCING in labels.names and BRATS_ENHANCING not in found
+    if is_raw and counts[BRATS_BRAIN] < sum(counts.values()) / 2:
+        raise DataFormatError(
+            f"{path}: label 4 ({labels.names[4]}) is smaller than the labels inside it and 3 is absent: "
+            "this is raw BraTS coding (4 = enhancing tumour); pack the cases with data.layout=brats_raw"
+        )
+
+
+def count_labels(mask: NDArray[np.uint8], labels: LabelsConfig) -> NDArray[np.int64]:
+    """Voxels of each label, (K,), in the order of `labels.names`."""
+    return np.bincount(mask.ravel(), minlength=256)[list(labels.names)].astype(np.int64)
+
+
+def one_hot(mask: torch.Tensor, labels: LabelsConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Integer labels to condition channels, on the device of the mask.
+
+    Args:
+        mask: (B, D, H, W) uint8.
+        labels: one channel per entry of `names`, in that order; `off_value` outside, `on_value` inside.
+        dtype: of the result.
+
+    Returns:
+        (B, K, D, H, W).
+    """
+    channels = torch.empty(mask.shape[0], len(labels.names), *mask.shape[1:], dtype=dtype, device=mask.device)
+    for channel, label in enumerate(labels.names):
+        channels[:, channel] = mask == label
+    if (labels.off_value, labels.on_value) != (0.0, 1.0):
+        channels.mul_(labels.on_value - labels.off_value).add_(labels.off_value)
+    return channels
+
+
+def _named(labels: LabelsConfig) -> str:
+    return ", ".join(f"{value} ({name})" for value, name in labels.names.items())
+
+
+def _some(values: list[int], limit: int = 10) -> str:
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return f"{values[:limit]}{more}"

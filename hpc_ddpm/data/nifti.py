@@ -1,0 +1,189 @@
+"""NIfTI (and .mgz) to and from arrays: the only user of nibabel and the only place where axes are swapped.
+
+On disk X Y Z [C]; in memory [C] D H W with D, H, W = Z, Y, X. Affines are 4x4, X, Y, Z voxels to mm (RAS+).
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import DTypeLike, NDArray
+
+from hpc_ddpm.data.files import atomic_path
+from hpc_ddpm.errors import ConfigError, DataFormatError
+
+SUFFIXES = (".nii.gz", ".nii", ".mgz", ".NII.GZ", ".NII", ".MGZ")
+_UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error)
+
+Affine = NDArray[np.float64]
+Shape3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A volume as it was asked for, and the grid of the file it came from."""
+
+    data: NDArray[Any]
+    """(D, H, W) or (C, D, H, W), after orientation."""
+    affine: Affine
+    """Of `data`, in X, Y, Z voxel order."""
+    file_shape: Shape3
+    """(X, Y, Z) in the file."""
+    file_affine: Affine
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether the name ends in .nii, .nii.gz or .mgz, in lower or upper case."""
+    return path.name.endswith(SUFFIXES)
+
+
+def stem(path: Path) -> str:
+    """The name without its NIfTI suffix."""
+    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), "")
+    return path.name[: len(path.name) - len(suffix)]
+
+
+def read_nifti(
+    path: str | Path,
+    orientation: str = "native",
+    dtype: DTypeLike | None = np.float32,
+    *,
+    channels: bool = False,
+) -> Volume:
+    """Read a volume with its scale factors applied and its axes brought to `orientation`.
+
+    Args:
+        path: a .nii, .nii.gz or .mgz file.
+        orientation: axis codes such as RAS or LPS, or `native`.
+        dtype: of the result; None keeps the file's own (float64 where the file has scale factors).
+        channels: accept 4-D files, as (C, D, H, W); else a 4-D file must hold a single volume.
+
+    Raises:
+        DataFormatError: missing, damaged or not a volume; names the file.
+    """
+    path = Path(path)
+    data, affine = _load(path, dtype)
+    if data.ndim == 4 and data.shape[3] == 1 and not channels:
+        data = data[..., 0]
+    if data.ndim != 3 and not (channels and data.ndim == 4):
+        raise DataFormatError(
+            f"{path}: shape {data.shape} found, one 3-D volume expected; split the series into one file each"
+        )
+    file_shape = _shape3(data.shape)
+    transform = _transform(affine, orientation, path)
+    oriented = apply_orientation(data, transform)
+    return Volume(np.ascontiguousarray(oriented.T), affine @ inv_ornt_aff(transform, file_shape), file_shape, affine)
+
+
+def oriented_grid(shape: Shape3, affine: Affine, orientation: str) -> tuple[Shape3, Affine]:
+    """Shape (X, Y, Z) and affine that `read_nifti` gives for a file of this shape and affine."""
+    transform = _transform(affine, orientation)
+    order = np.argsort(transform[:, 0])
+    return _shape3([shape[axis] for axis in order]), affine @ inv_ornt_aff(transform, shape)
+
+
+def to_file_order(volume: NDArray[Any], affine: Affine, orientation: str) -> NDArray[Any]:
+    """Undo the orientation of `read_nifti`: (D, H, W) as oriented to (D, H, W) in the order of the file.
+
+    Args:
+        volume: (D, H, W), oriented to `orientation`.
+        affine: of the file.
+        orientation: as given to `read_nifti`.
+    """
+    target = io_orientation(affine)
+    source = target if orientation == "native" else axcodes2ornt(orientation)
+    return np.ascontiguousarray(apply_orientation(volume.T, ornt_transform(source, target)).T)
+
+
+def write_nifti(
+    path: str | Path,
+    volume: NDArray[Any],
+    affine: Affine,
+    dtype: DTypeLike | None = None,
+    *,
+    compression_level: int = 6,
+) -> None:
+    """Write (D, H, W) as .nii or .nii.gz, atomically; sform and qform set, mm; equal input gives equal bytes.
+
+    Args:
+        path: ends in .nii or .nii.gz.
+        volume: (D, H, W); cast to `dtype` without scale factors.
+        affine: (4, 4), X, Y, Z voxels to mm.
+        dtype: on disk; None is uint8 for uint8 and bool, float32 for floats, else the array's own.
+        compression_level: 0..9, of gzip.
+
+    Raises:
+        DataFormatError: the name is not a NIfTI name, or the array is not 3-D.
+    """
+    path = Path(path)
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise DataFormatError(f"{path}: volumes are written as .nii or .nii.gz; give such a name")
+    if volume.ndim != 3:
+        raise DataFormatError(f"{path}: shape {volume.shape} found, (D, H, W) expected; write one file per channel")
+    image = nib.Nifti1Image(volume.T.astype(_disk_dtype(volume, dtype), copy=False), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner")
+    with atomic_path(path) as temporary, temporary.open("wb") as raw:
+        if not path.name.lower().endswith(".gz"):
+            image.to_stream(raw)
+            return
+        with gzip.GzipFile("", "wb", compression_level, raw, mtime=0) as packed:
+            image.to_stream(packed)
+
+
+def _disk_dtype(volume: NDArray[Any], dtype: DTypeLike | None) -> np.dtype[Any]:
+    if dtype is not None:
+        return np.dtype(dtype)
+    if volume.dtype == bool:
+        return np.dtype(np.uint8)
+    return np.dtype(np.float32) if volume.dtype.kind == "f" else volume.dtype
+
+
+def _load(path: Path, dtype: DTypeLike | None) -> tuple[NDArray[Any], Affine]:
+    """The array in the order of the file, and its affine."""
+    if not path.is_file():
+        raise DataFormatError(f"{path}: no such file; check the path")
+    if not is_nifti(path):
+        raise DataFormatError(f"{path}: not a NIfTI name; expected one ending in .nii, .nii.gz or .mgz")
+    try:
+        image: Any = nib.load(path)
+        if path.name.lower().endswith((".gz", ".mgz")):  # at once: a lazy reader never gets to the checksum
+            image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
+        data = np.asanyarray(image.dataobj)
+    except _UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataFormatError(f"{path}: damaged or not a NIfTI file ({reason}); copy it again") from None
+    if data.dtype.kind not in "biuf":
+        raise DataFormatError(f"{path}: voxels of type {data.dtype} found, numbers expected; convert the file")
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise DataFormatError(f"{path}: its affine is singular {affine[:3].tolist()}; repair the header")
+    return data.astype(dtype, copy=False) if dtype is not None else data, affine
+
+
+def _transform(affine: Affine, orientation: str, path: Path | None = None) -> NDArray[Any]:
+    """Nibabel's orientation transform (3, 2) from the axes of `affine` to `orientation`."""
+    source = io_orientation(affine)
+    if np.isnan(source).any():
+        raise DataFormatError(f"{path}: its axes cannot be told from its affine; repair the header")
+    if orientation == "native":
+        return ornt_transform(source, source)
+    target = axcodes2ornt(orientation)
+    if len(set(target[:, 0])) != 3:
+        raise ConfigError(f"data.orientation={orientation} names an axis twice; example: data.orientation=RAS")
+    return ornt_transform(source, target)
+
+
+def _shape3(shape: Any) -> Shape3:
+    x, y, z = (int(side) for side in shape[:3])
+    return x, y, z

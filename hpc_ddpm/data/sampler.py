@@ -1,0 +1,132 @@
+"""Data order as a pure function: which volume each global sample is, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from hpc_ddpm.errors import ConfigError
+
+
+def dataset_index(seed: int, sample_index: int, num_samples: int) -> int:
+    """Which of `num_samples` volumes the `sample_index`-th draw of a training run is.
+
+    Every epoch (num_samples draws in a row) has its own permutation, a function of (seed, epoch).
+    """
+    epoch, position = divmod(sample_index, num_samples)
+    return int(_permutation(seed, epoch, num_samples)[position])
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+
+
+class StepBatches(Sampler[list[int]]):
+    """The micro batches of one rank for steps start_step .. start_step + num_steps - 1, in order.
+
+    Micro step `a` of step `s` is the global samples s*global_batch + a*world_size*micro_batch +
+    rank*micro_batch + i, i < micro_batch: every world size sees the same samples in a step.
+
+    Raises:
+        ConfigError: global_batch is not a multiple of micro_batch * world_size.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int,
+        start_step: int,
+        num_steps: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        if global_batch % (micro_batch * world_size):
+            raise ConfigError(
+                f"training.global_batch={global_batch} is not a multiple of micro_batch x ranks = "
+                f"{micro_batch} x {world_size}; change one of them"
+            )
+        self.num_samples, self.seed = num_samples, seed
+        self.start_step, self.num_steps = start_step, num_steps
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rank, self.world_size = rank, world_size
+
+    @property
+    def accumulation(self) -> int:
+        """Micro steps per step."""
+        return self.global_batch // (self.micro_batch * self.world_size)
+
+    def sample_indices(self, step: int, micro_step: int) -> range:
+        """The global samples of this rank in one micro step; seeds of timestep and noise come from them."""
+        first = step * self.global_batch + (micro_step * self.world_size + self.rank) * self.micro_batch
+        return range(first, first + self.micro_batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.start_step + self.num_steps):
+            for micro_step in range(self.accumulation):
+                samples = self.sample_indices(step, micro_step)
+                yield [dataset_index(self.seed, sample, self.num_samples) for sample in samples]
+
+    def __len__(self) -> int:
+        return self.num_steps * self.accumulation
+
+
+def build_loader(
+    dataset: Dataset[Mapping[str, Any]],
+    batches: Sampler[list[int]],
+    num_workers: int,
+    *,
+    start_method: str | None = None,
+) -> DataLoader[Mapping[str, Any]]:
+    """A loader of batches (image (B, C, D, H, W), mask (B, D, H, W), index (B,)), pinned where there is CUDA.
+
+    Args:
+        dataset: of items as VolumeDataset gives them.
+        batches: usually StepBatches.
+        num_workers: reader processes; 0 reads in this one.
+        start_method: fork, forkserver or spawn; None is Python's default.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        worker_init_fn=_ignore_signals,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=start_method if num_workers else None,
+    )
+
+
+def _collate(items: list[Mapping[str, Any]]) -> Any:
+    """A batch; a single volume is not copied for it."""
+    if len(items) > 1:
+        return default_collate(items)
+    return {key: torch.as_tensor(value)[None] for key, value in items[0].items()}
+
+
+def _ignore_signals(worker: int) -> None:
+    """A scheduler signals the whole process group; only the trainer answers, and ends its workers."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_when_terminated_by, args=(trainer.pid,), daemon=True).start()
+
+
+def _exit_when_terminated_by(process: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)

@@ -1,0 +1,97 @@
+"""Tables of subjects: CSV, TSV or JSON with columns subject, mask, one per modality, and optionally split."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_ddpm.errors import DataFormatError
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".json")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject of a table."""
+
+    subject: str
+    files: Mapping[str, Path]
+    """`mask` and each modality; existence is not checked here."""
+    split: str | None
+    place: str
+    """File and row, for messages."""
+
+
+def read_table(path: Path, modalities: tuple[str, ...]) -> list[Row]:
+    """Rows of a table; relative paths are taken from its folder and may not leave it.
+
+    Args:
+        path: a .csv, .tsv or .json file (a list of objects, or {"subjects": [...]}).
+        modalities: columns needed besides subject and mask; other columns are ignored.
+
+    Raises:
+        DataFormatError: unreadable, a missing column or cell, a path that climbs out, a wrong split.
+    """
+    records = _records(path)
+    if not records:
+        raise DataFormatError(f"{path}: no rows found; expected one per subject")
+    columns = {"subject", "mask", *modalities}
+    found = {name.lower() for record in records for name in record}
+    missing = sorted(column for column in columns if column.lower() not in found)
+    if missing:
+        raise DataFormatError(
+            f"{path}: column {', '.join(missing)} not found among {', '.join(sorted(found))}; "
+            f"expected subject, mask, {', '.join(modalities)} and optionally split"
+        )
+    return [_row(path, number, record, modalities) for number, record in enumerate(records, start=1)]
+
+
+def table_modalities(path: Path) -> tuple[str, ...]:
+    """The columns of a table that are not subject, mask or split, in their order."""
+    names = dict.fromkeys(name for record in _records(path) for name in record)
+    return tuple(name for name in names if name.lower() not in {"subject", "mask", "split"})
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".json":
+            content = json.loads(text)
+            records = content.get("subjects") if isinstance(content, dict) else content
+        else:
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+            records = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataFormatError(f"{path}: not a readable table ({str(error).splitlines()[0]})") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise DataFormatError(f'{path}: expected a list of objects, or {{"subjects": [...]}}')
+    return records
+
+
+def _row(path: Path, number: int, record: Mapping[str, Any], modalities: tuple[str, ...]) -> Row:
+    place = f"{path}, row {number}"
+    cells = {str(name).lower(): str(value or "").strip() for name, value in record.items()}
+    subject = cells.get("subject", "")
+    if not subject or subject.startswith(".") or set(subject) & {"/", "\\", "\0"}:
+        raise DataFormatError(f"{place}: subject {subject!r} found, a name without / or leading dot expected")
+    split = cells.get("split") or None
+    if split not in (*SPLITS, None):
+        raise DataFormatError(f"{place}: split {split!r} found, expected {', '.join(SPLITS)} or nothing")
+    files = {role: _path(path.parent, cells.get(role.lower(), ""), role, place) for role in ("mask", *modalities)}
+    return Row(subject, files, split, place)
+
+
+def _path(root: Path, cell: str, column: str, place: str) -> Path:
+    if not cell:
+        raise DataFormatError(f"{place}: column {column} is empty; give a path or remove the row")
+    if Path(cell).is_absolute():
+        return Path(cell)
+    if Path(os.path.normpath(cell)).parts[0] == os.pardir:
+        raise DataFormatError(f"{place}: {cell} leaves the table's folder; give an absolute path")
+    return root / os.path.normpath(cell)

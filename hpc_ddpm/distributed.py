@@ -1,0 +1,323 @@
+"""Who am I among the ranks, and how they agree. Works alone, under torchrun, mpirun and srun.
+
+The facts come from the environment; nothing is guessed: a scheduler that started several tasks never ends
+in several separate one-rank runs, and mpi4py is imported only where mpirun started us.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
+
+from hpc_ddpm.errors import ClusterError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+KNOWN_BAD_CUDNN = range(90_800, 91_100)
+"""bf16 conv3d gives wrong results in these cuDNN versions (pytorch#163539)."""
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: global and per-node index, and where rank 0 listens."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    started_by: str = "alone"
+    master_addr: str = ""
+    master_port: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes what is written once."""
+        return self.rank == 0
+
+
+def detect_ranks(env: Mapping[str, str] | None = None) -> Ranks:
+    """Read the rank facts that torchrun, mpirun (Open MPI, MPICH) or srun left in the environment.
+
+    Raises:
+        ClusterError: facts that contradict each other or are incomplete.
+    """
+    env = os.environ if env is None else env
+    if "RANK" in env or "WORLD_SIZE" in env:
+        ranks = _from_torchrun(env)
+    elif "OMPI_COMM_WORLD_RANK" in env:
+        ranks = _from_mpirun(env, "OMPI_COMM_WORLD_{}", "OMPI_COMM_WORLD_LOCAL_{}")
+    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        ranks = _from_srun(env)
+    elif "PMI_RANK" in env:
+        ranks = _from_mpirun(env, "PMI_{}", "MPI_LOCAL{}")
+    else:
+        return Ranks()
+    if not 0 <= ranks.rank < ranks.world_size:
+        raise ClusterError(
+            f"{ranks.started_by} says rank {ranks.rank} of {ranks.world_size}; restart all ranks together"
+        )
+    return ranks
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Ranks:
+    missing = [name for name in TORCHRUN_VARIABLES if name not in env]
+    if missing:
+        raise ClusterError(
+            f"RANK or WORLD_SIZE is set but not {', '.join(missing)}; start with torchrun, mpirun or srun, or unset them"
+        )
+    return Ranks(
+        rank=_integer(env, "RANK"),
+        world_size=_integer(env, "WORLD_SIZE"),
+        local_rank=_integer(env, "LOCAL_RANK"),
+        local_world_size=_integer(env, "LOCAL_WORLD_SIZE", default=1),
+        started_by="torchrun",
+        master_addr=env["MASTER_ADDR"],
+        master_port=_integer(env, "MASTER_PORT"),
+    )
+
+
+def _from_mpirun(env: Mapping[str, str], pattern: str, local_pattern: str) -> Ranks:
+    rank_key, size_key = pattern.format("RANK"), pattern.format("SIZE")
+    local_rank_key = local_pattern.format("RANK" if "OMPI" in pattern else "RANKID")
+    local_size_key = local_pattern.format("SIZE" if "OMPI" in pattern else "NRANKS")
+    world_size = _integer(env, size_key)
+    return Ranks(
+        rank=_integer(env, rank_key),
+        world_size=world_size,
+        local_rank=_integer(env, local_rank_key, default=0),
+        local_world_size=_integer(env, local_size_key, default=world_size),
+        started_by="mpirun",
+    )
+
+
+def _from_srun(env: Mapping[str, str]) -> Ranks:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    world_size = _integer(env, "SLURM_STEP_NUM_TASKS", default=_integer(env, "SLURM_NTASKS", default=1))
+    tasks_here = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return Ranks(
+        rank=_integer(env, "SLURM_PROCID"),
+        world_size=world_size,
+        local_rank=_integer(env, "SLURM_LOCALID", default=0),
+        local_world_size=int(tasks_here.group()) if tasks_here else 1,
+        started_by="srun",
+        master_addr=env.get("MASTER_ADDR") or first_host(nodes),
+        master_port=_integer(env, "MASTER_PORT", default=_srun_port(env)),
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: `gpu[07-12,20],n1` -> `gpu07`.
+
+    Raises:
+        ClusterError: an empty list.
+    """
+    match = re.match(r"([^\[,]+)(?:\[([0-9]+)[^\]]*\]([^,\[]*))?", nodelist)
+    if not match:
+        raise ClusterError("srun gave no node list (SLURM_STEP_NODELIST); set MASTER_ADDR to the first node's name")
+    prefix, number, suffix = match.groups()
+    return f"{prefix}{number or ''}{suffix or ''}"
+
+
+def _srun_port(env: Mapping[str, str]) -> int:
+    """A port in 20000..59999 that differs between jobs, steps and requeues on one node."""
+    job, step = _integer(env, "SLURM_JOB_ID", default=0), _integer(env, "SLURM_STEP_ID", default=0)
+    restart = _integer(env, "SLURM_RESTART_COUNT", default=0)
+    return 20_000 + (job * 131 + step * 17 + restart * 7) % 40_000
+
+
+def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = env.get(name)
+    if value is None:
+        if default is None:
+            raise ClusterError(f"{name} is not set; start all ranks with torchrun, mpirun or srun")
+        return default
+    try:
+        return int(value)
+    except ValueError:
+        raise ClusterError(f"{name}={value!r} is not a number; start all ranks with torchrun, mpirun or srun") from None
+
+
+# ------------------------------------------------------------------------------------------ process group
+
+
+@contextmanager
+def process_group(ranks: Ranks, timeout_min: float = 30.0) -> Iterator[torch.device]:
+    """Join all ranks (nccl on GPUs, gloo on CPU) and yield this rank's device; leaves the group at the end.
+
+    Raises:
+        ClusterError: the ranks did not meet, or fewer GPUs than ranks on this node.
+    """
+    import torch
+    import torch.distributed as dist
+
+    device = local_device(ranks)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=timeout_min)
+    try:
+        if ranks.world_size == 1:
+            _export(ranks, "127.0.0.1", 0)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            address, port = _meeting_point(ranks)
+            _export(ranks, address, port)
+            dist.init_process_group(
+                backend,
+                init_method=f"tcp://{address}:{port}" if ranks.started_by != "torchrun" else "env://",
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timeout,
+            )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"rank {ranks.rank} of {ranks.world_size} did not meet the others: {error}") from error
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _meeting_point(ranks: Ranks) -> tuple[str, int]:
+    if ranks.started_by != "mpirun":
+        return ranks.master_addr, ranks.master_port
+    from mpi4py import MPI
+
+    here = (socket.gethostname() if ranks.local_world_size < ranks.world_size else "127.0.0.1", _free_port())
+    address: tuple[str, int] = MPI.COMM_WORLD.bcast(here if ranks.is_main else None, root=0)
+    return address
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _export(ranks: Ranks, address: str, port: int) -> None:
+    """What torch and DeepSpeed look up; with all of it set, DeepSpeed does not try MPI by itself."""
+    facts = {
+        "RANK": ranks.rank,
+        "WORLD_SIZE": ranks.world_size,
+        "LOCAL_RANK": ranks.local_rank,
+        "LOCAL_WORLD_SIZE": ranks.local_world_size,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in facts.items()})
+
+
+def local_device(ranks: Ranks) -> torch.device:
+    """This rank's GPU, or the CPU where there is none (or HPC_DDPM_DEVICE=cpu asks for it).
+
+    Raises:
+        ClusterError: fewer visible GPUs than ranks on this node.
+    """
+    import torch
+
+    if os.environ.get("HPC_DDPM_DEVICE") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    index = ranks.local_rank if visible > 1 else 0
+    if index >= visible or (visible == 1 and ranks.local_world_size > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ):
+        raise ClusterError(
+            f"{ranks.local_world_size} ranks on this node but {visible} visible GPU(s); start one rank per GPU "
+            "or set HPC_DDPM_DEVICE=cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` to `bf16` where the device computes it fast and right, else `fp32`.
+
+    Raises:
+        ConfigError: bf16 asked for where cuDNN is known to compute it wrongly.
+    """
+    import torch
+
+    cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
+    is_bad = cudnn is not None and cudnn in KNOWN_BAD_CUDNN
+    if precision == "bf16" and is_bad:
+        raise ConfigError(f"cuDNN {cudnn} computes bf16 conv3d wrongly; install 9.15 or newer, or precision=fp32")
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if precision != "auto":
+        return precision
+    return "bf16" if not is_bad and is_bf16_fast(device) else "fp32"
+
+
+def is_bf16_fast(device: torch.device) -> bool:
+    """Whether bf16 runs in hardware: Ampere or newer GPUs, CPUs with AVX512-BF16 or AMX."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def all_reduce_mean(values: list[float], device: torch.device) -> list[float]:
+    """Mean over ranks of each number, in float64 on CPU groups and GPUs alike; every rank gets it."""
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    result: list[float] = (tensor / dist.get_world_size()).tolist()
+    return result
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value on every rank."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+# --------------------------------------------------------------------------------------------- stop flag
+
+
+class StopFlag:
+    """Signals only set a flag; the training loop looks at it at step boundaries. A second Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def __enter__(self) -> StopFlag:
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self, device: torch.device) -> int:
+        """The largest signal number that any rank has seen, 0 for none; a collective."""
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor(self.signal or 0, dtype=torch.int32, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)

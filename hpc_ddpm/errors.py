@@ -1,0 +1,24 @@
+"""The user's mistakes, as exceptions: the command line prints each as one line and exits with code 2.
+
+Every other exception is a bug of ours and keeps its traceback (exit code 1).
+"""
+
+
+class HpcDdpmError(Exception):
+    """Base of all errors that the user can mend; the message says what was found, expected, and what to do."""
+
+
+class ConfigError(HpcDdpmError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
+
+
+class DataFormatError(HpcDdpmError):
+    """An input file or packed dataset is missing, damaged, or not what the configuration says."""
+
+
+class CheckpointError(HpcDdpmError):
+    """Weights or a checkpoint are missing, damaged, or do not fit the network."""
+
+
+class ClusterError(HpcDdpmError):
+    """The process group, the scheduler or the environment of the ranks is not as needed."""

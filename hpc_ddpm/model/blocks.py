@@ -1,0 +1,178 @@
+"""Residual and resampling blocks of the U-Net.
+
+Shapes: B batch, C channels, D H W = Z Y X voxels, E width of the time embedding.
+Children are named and numbered so that state_dict keys are Med-DDPM's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from hpc_ddpm.model.norm import GroupNormSiLU
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float) -> Tensor:
+    """Sinusoids of the timestep, cosines then sines (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        timesteps: (B,), any real dtype.
+        dim: width of the embedding; an odd width ends in a zero.
+        max_period: the longest period is 2 pi times this, in timesteps.
+
+    Returns:
+        (B, dim) float32.
+    """
+    half = dim // 2
+    index = torch.arange(half, device=timesteps.device, dtype=torch.float32)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * index / half)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+class Conv3d(nn.Conv3d):
+    """A convolution that can also add one value per sample and channel, and keeps the memory format of x."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """(B, C, D, H, W) and perhaps shift (B, C_out) -> (B, C_out, D', H', W')."""
+        bias = self.bias
+        if shift is not None and len(shift) == 1 and bias is not None:  # the usual case: one volume per rank
+            bias, shift = bias + shift[0], None
+        y = self._conv_forward(x, self.weight, bias)
+        if shift is not None:
+            y = y.add_(shift[..., None, None, None])
+        if x.is_contiguous():
+            return y
+        return y.contiguous(memory_format=torch.channels_last_3d)  # the CPU kernel for small volumes forgets it
+
+
+def conv3(in_channels: int, out_channels: int, stride: int = 1) -> Conv3d:
+    """A 3x3x3 convolution with padding 1."""
+    return Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer, with all its parameters set to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class NormConv(nn.ModuleList):
+    """conv(dropout(SiLU(GroupNorm(x)))), (B, C, D, H, W) -> (B, C_out, D, H, W).
+
+    With `recompute` the convolution's input is not stored: backward repeats GroupNorm+SiLU. Where dropout
+    follows the norm it is stored all the same.
+    """
+
+    def __init__(self, norm: GroupNormSiLU, conv: nn.Module, dropout: float | None = None, *, recompute: bool) -> None:
+        silu = nn.Identity()  # inside the norm; keeps its number in the keys
+        super().__init__([norm, silu, conv] if dropout is None else [norm, silu, nn.Dropout(dropout), conv])
+        self.dropout = dropout or 0.0
+        self.recompute = recompute and not dropout
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """`shift`, (B, C_out), is added to every voxel of the result."""
+        norm, conv = cast("GroupNormSiLU", self[0]), self[-1]
+        hidden = F.dropout(norm(x), self.dropout, self.training)
+        if not (self.recompute and torch.is_grad_enabled()):
+            result: Tensor = conv(hidden, shift)
+            return result
+        again, address = norm.recompute(x), hidden.data_ptr()
+
+        def pack(saved: Tensor) -> Tensor | None:
+            return None if saved.data_ptr() == address else saved
+
+        def unpack(saved: Tensor | None) -> Tensor:
+            return again() if saved is None else saved
+
+        with saved_tensors_hooks(pack, unpack):
+            return cast("Tensor", conv(hidden, shift))
+
+
+class ResBlock(nn.Module):
+    """skip(x) + conv(norm(conv(norm(x)) + linear(time))), (B, C, D, H, W), (B, E) -> (B, C_out, D, H, W)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding: int,
+        num_groups: int,
+        *,
+        dropout: float = 0.0,
+        recompute_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_layers = NormConv(
+            GroupNormSiLU(num_groups, in_channels), conv3(in_channels, out_channels), recompute=recompute_norm
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
+        self.out_layers = NormConv(
+            GroupNormSiLU(num_groups, out_channels),
+            zeroed(conv3(out_channels, out_channels)),
+            dropout,
+            recompute=recompute_norm,
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else Conv3d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
+        h = self.in_layers(x, self.emb_layers(embedding))
+        h = self.out_layers(h)
+        return cast("Tensor", h.add_(self.skip_connection(x)))
+
+
+class Downsample(nn.Module):
+    """Halves every axis by a strided 3x3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = conv3(channels, channels, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return cast("Tensor", self.op(x))
+
+
+class Upsample(nn.Module):
+    """Doubles every axis by trilinear interpolation (voxel centres), then a 3x3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return cast("Tensor", self.conv(F.interpolate(x, scale_factor=2.0, mode="trilinear")))
+
+
+def checkpointed(function: Callable[..., Any], *inputs: Any, dropout: float) -> Any:
+    """Call `function`, storing only its inputs; backward repeats it, with the same dropout."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0)
+
+
+class Block(nn.ModuleList):
+    """Layers applied in turn; residual blocks also see the time embedding.
+
+    With `recompute`, backward repeats each residual and attention block instead of storing its insides.
+    """
+
+    def __init__(self, *layers: nn.Module, recompute: bool = False, dropout: float = 0.0) -> None:
+        super().__init__(layers)
+        self.recompute, self.dropout = recompute, dropout
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
+        for layer in self:
+            inputs = (h, embedding) if isinstance(layer, ResBlock) else (h,)
+            if self.recompute and not isinstance(layer, Conv3d | Downsample | Upsample):
+                h = checkpointed(layer, *inputs, dropout=self.dropout)
+            else:
+                h = layer(*inputs)
+        return h

@@ -1,0 +1,129 @@
+"""What a run leaves behind to read: metrics.jsonl, TensorBoard, provenance.json, one console line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "mpi4py",
+    "h5py",
+    "hdf5plugin",
+    "nibabel",
+    "submitit",
+    "numpy",
+    "scipy",
+    "safetensors",
+)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write under a temporary name, fsync, rename: a file that exists is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """`write_text_atomic` for JSON, indented."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what shapes a result."""
+    versions = {"hpc_ddpm": importlib.metadata.version("hpc_ddpm"), "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit(folder: Path | None = None) -> str | None:
+    """Commit of the checkout this code runs from, with `+changes` if edited; None outside a checkout."""
+    folder = folder or Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def provenance() -> dict[str, Any]:
+    """Command, versions, commit, host and time, for run directories and weights."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": package_versions(),
+        "git_commit": git_commit(),
+        "host": socket.gethostname(),
+    }
+
+
+class RunLog:
+    """Scalars of one run: metrics.jsonl and TensorBoard on rank 0, nothing on the others.
+
+    A resumed run first drops what was logged after `start_step`, so the file holds one sequence of steps.
+    """
+
+    def __init__(self, run_dir: Path, *, is_main: bool, start_step: int = 0) -> None:
+        self._file = None
+        self._writer = None
+        if not is_main:
+            return
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        path = run_dir / "metrics.jsonl"
+        kept = [json.dumps(row) for row in read_metrics(run_dir) if row["step"] <= start_step]
+        write_text_atomic(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the numbers of one step."""
+        if self._file is None or self._writer is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush to disk."""
+        if self._file is not None and self._writer is not None:
+            self._file.close()
+            self._writer.close()
+
+
+def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Rows of metrics.jsonl in order; a torn last line (killed while writing) is left out."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue

@@ -1,0 +1,1 @@
+"""Generating volumes: plan, generate, write."""

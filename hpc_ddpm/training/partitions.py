@@ -1,0 +1,110 @@
+"""Which part of which fp32 tensor this rank owns, at every ZeRO stage, in one form.
+
+The optimizer, the EMA and the checkpoint all work on these fragments, so none of them knows about stages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`numel` elements of parameter `name`, from `start` of its flat view, at `offset` of an optimizer tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    flat: int
+    """Index into `Partition.flats`."""
+    offset: int
+
+
+class Partition:
+    """This rank's fp32 master tensors (`flats`) and the parameters' fragments in them.
+
+    At stages 1 to 3 every element belongs to exactly one rank; at stage 0 all ranks hold everything and rank 0
+    counts as the owner (`owned`).
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.optimizer: torch.optim.Optimizer = engine.basic_optimizer
+        names = {id(param): name for name, param in engine.module.named_parameters()}
+        stage = engine.zero_optimization_stage()
+        self.owned = stage > 0 or engine.global_rank == 0
+        if stage == 3:
+            self.flats, found = _stage3(engine.optimizer, names)
+        elif hasattr(engine.optimizer, "bf16_groups"):
+            self.flats = engine.optimizer.fp32_groups_flat_partition
+            found = _mapped(engine.optimizer.bf16_groups, names)
+        elif hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+            self.flats = engine.optimizer.single_partition_of_fp32_groups
+            found = _mapped(engine.optimizer.bit16_groups, names)
+        else:
+            self.flats, found = _stage0(engine, names)
+        self.fragments: list[Fragment] = list(found)
+
+    def view(self, tensors: list[torch.Tensor], fragment: Fragment) -> torch.Tensor:
+        """The fragment's elements in a list of tensors laid out like `flats`; a 1-D view."""
+        return tensors[fragment.flat].detach().view(-1).narrow(0, fragment.offset, fragment.numel)
+
+    def clone(self) -> list[torch.Tensor]:
+        """Copies of the flats, for an average over time."""
+        return [flat.detach().clone() for flat in self.flats]
+
+    def state(self, key: str) -> list[torch.Tensor]:
+        """An optimizer moment (`exp_avg`, `exp_avg_sq`), laid out like `flats`."""
+        return [self.optimizer.state[flat][key] for flat in self.flats]
+
+    def reset_state(self, step: int = 0) -> None:
+        """Zero moments and a step count, at every stage the same (DeepSpeed starts some at 0 and some at 1)."""
+        for flat in self.flats:
+            fresh = {"step": torch.tensor(float(step), device=flat.device)}
+            self.optimizer.state[flat] = fresh | {key: torch.zeros_like(flat.detach()) for key in STATE_KEYS}
+
+
+def _mapped(groups: list[list[Any]], names: dict[int, str]) -> Iterator[Fragment]:
+    for index, group in enumerate(groups):
+        for param in group:
+            mapping = param._hp_mapping
+            if mapping is not None:
+                part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield Fragment(names[id(param)], tuple(param.shape), part.start, part.numel, index, place.start)
+
+
+def _stage3(optimizer: Any, names: dict[int, str]) -> tuple[list[torch.Tensor], Iterator[Fragment]]:
+    def fragments() -> Iterator[Fragment]:
+        for group in optimizer.fp16_groups:
+            for param in group:
+                index, offset, length = optimizer.grad_position[optimizer.get_param_id(param)]
+                start = length * torch.distributed.get_rank()
+                numel = min(length, math.prod(param.ds_shape) - start)  # the last rank's part may be padding
+                if numel > 0:
+                    yield Fragment(names[id(param)], tuple(param.ds_shape), start, numel, index, offset)
+
+    return optimizer.fp32_partitioned_groups_flat, fragments()
+
+
+def _stage0(engine: Any, names: dict[int, str]) -> tuple[list[torch.Tensor], Iterator[Fragment]]:
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_groups"):  # half precision: fp32 copies beside the network's parameters
+        pairs = [
+            pair
+            for groups in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+            for pair in zip(*groups, strict=True)
+        ]
+    else:
+        pairs = [(param, param) for group in wrapper.param_groups for param in group["params"]]
+    fragments = (
+        Fragment(names[id(param)], tuple(param.shape), 0, param.numel(), index, 0)
+        for index, (param, _) in enumerate(pairs)
+    )
+    return [master for _, master in pairs], fragments

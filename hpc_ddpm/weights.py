@@ -1,0 +1,277 @@
+"""Weights in and out: Med-DDPM's `.pt` files, our folders, and runs.
+
+A weights folder holds `weights.safetensors` (the network's float32 tensors), `config.json` (the whole
+configuration) and `provenance.json` (where they come from).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hpc_ddpm.checkpoint import MANIFEST, PieceReader, step_dirs
+from hpc_ddpm.config import Config, list_presets, load_config
+from hpc_ddpm.diffusion.schedules import build_schedule
+from hpc_ddpm.errors import CheckpointError
+from hpc_ddpm.model.unet3d import build_unet
+from hpc_ddpm.runlog import provenance, write_json_atomic
+
+WEIGHTS, CONFIG, PROVENANCE = "weights.safetensors", "config.json", "provenance.json"
+PREFIX = "denoise_fn."
+BUFFER_TOLERANCE = 1e-5  # relative; between schedules, floats differ by far more
+
+
+class Weights(NamedTuple):
+    """A network's tensors and everything needed to use them."""
+
+    state_dict: dict[str, Tensor]
+    config: Config
+    provenance: dict[str, Any]
+
+
+class Model(nn.Module):
+    """A network together with the configuration that it was trained with."""
+
+    def __init__(self, network: nn.Module, config: Config, provenance: dict[str, Any]) -> None:
+        super().__init__()
+        self.network, self.config, self.provenance = network, config, provenance
+
+    def forward(self, x_t: Tensor, condition: Tensor, timesteps: Tensor) -> Tensor:
+        """(B, C, D, H, W), (B, K, D, H, W), (B,) -> (B, C, D, H, W) float32; see `UNet3d.forward`."""
+        prediction: Tensor = self.network(x_t, condition, timesteps)
+        return prediction
+
+
+def load_model(source: str | Path, preset: str | None = None, overrides: Iterable[str] = ()) -> Model:
+    """A network ready to use, in eval mode, float32, on the CPU.
+
+    Args:
+        source: a Med-DDPM `.pt` file, a weights folder or its `.safetensors` file, or a run folder (newest
+            complete checkpoint, EMA weights).
+        preset: for a `.pt` file, which carries no configuration: a preset or YAML file that fits it.
+        overrides: `section.key=value` strings applied to the configuration.
+
+    Raises:
+        CheckpointError: missing, damaged or misfitting file.
+        ConfigError: unknown preset or setting.
+    """
+    weights = read_weights(source, preset, overrides)
+    _check_shapes(weights.state_dict, weights.config, Path(source))
+    with torch.device("meta"):
+        network = build_unet(weights.config)
+    tensors = {key: tensor.float() for key, tensor in weights.state_dict.items()}
+    network.load_state_dict(tensors, assign=True)
+    return Model(network, weights.config, weights.provenance).eval()
+
+
+def read_weights(source: str | Path, preset: str | None = None, overrides: Iterable[str] = ()) -> Weights:
+    """Tensors, configuration and provenance of anything `load_model` takes; same arguments and errors."""
+    path = Path(source)
+    if not path.exists():
+        raise CheckpointError(f"no weights at {path}; give a Med-DDPM .pt file, a weights folder or a run")
+    if path.suffix in {".pt", ".pth"}:
+        if preset is None:
+            raise CheckpointError(f"{path} has no configuration in it; name a preset: {', '.join(list_presets())}")
+        return import_med_ddpm(path, load_config(preset, overrides).config)
+    if (path / "checkpoints").is_dir():
+        return find_run_weights(path, overrides)
+    return load_weights(path, overrides)
+
+
+# --------------------------------------------------------------------------------------- our own format
+
+
+def save_weights(folder: Path, state_dict: Mapping[str, Tensor], config: Config, provenance: Mapping[str, Any]) -> None:
+    """Write a weights folder: complete, or not there at all.
+
+    Raises:
+        CheckpointError: something is in the way, or the tensors do not fit the configuration.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; remove it or choose another folder")
+    _check_shapes(state_dict, config, folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({key: tensor.detach().float().contiguous() for key, tensor in state_dict.items()}, temporary / WEIGHTS)
+    write_json_atomic(temporary / CONFIG, config.dump())
+    write_json_atomic(temporary / PROVENANCE, dict(provenance))
+    temporary.replace(folder)
+
+
+def load_weights(path: Path, overrides: Iterable[str] = ()) -> Weights:
+    """Read a weights folder, or the folder around its `.safetensors` file; overrides change its settings.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    file = path if path.suffix == ".safetensors" else path / WEIGHTS
+    tensors = _read_tensors(file)
+    return Weights(tensors, _read_config(file.parent, overrides), _read_json(file.parent / PROVENANCE))
+
+
+def find_run_weights(run_dir: Path, overrides: Iterable[str] = ()) -> Weights:
+    """EMA weights of a run's newest complete checkpoint.
+
+    Raises:
+        CheckpointError: the run has no complete checkpoint, or it lacks its configuration.
+    """
+    complete = [folder for folder in step_dirs(run_dir / "checkpoints") if (folder / MANIFEST).is_file()]
+    if not complete:
+        raise CheckpointError(f"{run_dir} has no complete checkpoint yet; let it train to its first one")
+    newest = complete[-1]
+    tensors = PieceReader(newest).full("ema")
+    origin = {"run": run_dir.resolve().name, "checkpoint": newest.name, "which": "ema"}
+    return Weights(tensors, _read_config(run_dir, overrides), {"source": origin})
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no {file}; a weights folder holds {WEIGHTS}, {CONFIG} and {PROVENANCE}") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
+
+
+def _read_config(folder: Path, overrides: Iterable[str]) -> Config:
+    _read_json(folder / CONFIG)
+    return load_config(folder / CONFIG, overrides).config  # JSON is YAML
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file} ({error}); weights need it to know their network") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found a {type(value).__name__}; copy it again")
+    return value
+
+
+# -------------------------------------------------------------------------------------------- Med-DDPM
+
+
+def import_med_ddpm(path: Path, config: Config, *, ema: bool = True) -> Weights:
+    """Read a Med-DDPM training file, `{'step', 'model', 'ema'}`, without running any code in it.
+
+    Args:
+        path: the `.pt` file.
+        config: the network and schedule that it should hold.
+        ema: take the averaged weights (as Med-DDPM samples with), else the raw ones.
+
+    Raises:
+        CheckpointError: not such a file, holds code, or does not fit `config` (names the preset that fits).
+    """
+    content = _load_tensors_only(path)
+    which = "ema" if ema else "model"
+    wrapped = content.get(which)
+    if not isinstance(wrapped, dict) or not any(str(key).startswith(PREFIX) for key in wrapped):
+        raise CheckpointError(
+            f"{path}: expected Med-DDPM's {{'step', 'model', 'ema'}} with '{PREFIX}...' tensors under "
+            f"'{which}', found {_describe(content)}; give the file that its trainer saved"
+        )
+    tensors = {str(key): value for key, value in wrapped.items() if isinstance(value, Tensor)}
+    state_dict = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
+    _check_shapes(state_dict, config, path)
+    _check_buffers(tensors, config, path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    source = {"file": path.name, "sha256": digest, "step": int(content.get("step", 0)), "which": which}
+    return Weights(state_dict, config, {**provenance(), "source": source})
+
+
+def export_med_ddpm(source: Path, out: Path) -> None:
+    """Write a weights folder or a run as a file that Med-DDPM's sampler loads; `model` and `ema` hold the same.
+
+    Raises:
+        CheckpointError: the source is damaged, or `out` exists.
+    """
+    weights = read_weights(source)
+    if out.exists():
+        raise CheckpointError(f"{out} exists already; remove it or choose another name")
+    wrapped = build_schedule(weights.config.diffusion).med_ddpm_buffers()
+    template = _expected_shapes(weights.config)  # Med-DDPM's order of keys
+    wrapped |= {f"{PREFIX}{key}": weights.state_dict[key].float() for key in template}
+    step = int(weights.provenance.get("source", {}).get("step", 0))
+    temporary = out.with_name(f".{out.name}.tmp")
+    torch.save({"step": step, "model": wrapped, "ema": wrapped}, temporary)
+    temporary.replace(out)
+
+
+def _load_tensors_only(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}; give the .pt file that Med-DDPM's trainer saved")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, it holds more than tensors and could run code when loaded; "
+            "ask its author for a file with only {'step', 'model', 'ema'} state dicts"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a readable PyTorch file; download or copy it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected {{'step', 'model', 'ema'}}, found a {type(content).__name__}")
+    return content
+
+
+def _describe(content: Mapping[Any, Any]) -> str:
+    keys = [str(key) for key in content]
+    return f"{len(keys)} entries: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}" if keys else "nothing"
+
+
+# ------------------------------------------------------------------------------------------ does it fit
+
+
+def _expected_shapes(config: Config) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {key: tensor.shape for key, tensor in build_unet(config).state_dict().items()}
+
+
+def _check_shapes(state_dict: Mapping[str, Tensor], config: Config, where: Path) -> None:
+    found = {key: tensor.shape for key, tensor in state_dict.items()}
+    expected = _expected_shapes(config)
+    if found == expected:
+        return
+    common = [key for key in expected if key in found and found[key] != expected[key]]
+    key = [*common, *sorted(expected.keys() ^ found.keys())][0]
+    raise CheckpointError(
+        f"{where} does not fit '{config.name}': {key} is {_shape(found, key)} there, {_shape(expected, key)} "
+        f"in the network; {_advice(found, config.name)}"
+    )
+
+
+def _shape(shapes: Mapping[str, torch.Size], key: str) -> str:
+    return str(list(shapes[key])) if key in shapes else "absent"
+
+
+def _advice(found: Mapping[str, torch.Size], tried: str) -> str:
+    fitting = [name for name in list_presets() if _expected_shapes(load_config(name).config) == found]
+    if fitting:
+        return f"it fits the preset {' or '.join(fitting)}"
+    return f"no preset fits: set model.* and data.* of '{tried}' to the values it was trained with"
+
+
+def _check_buffers(buffers: Mapping[str, Tensor], config: Config, where: Path) -> None:
+    for name, expected in build_schedule(config.diffusion).med_ddpm_buffers().items():
+        found = buffers.get(name)
+        if found is None:
+            raise CheckpointError(f"{where}: the schedule buffer '{name}' is missing; the file is not Med-DDPM's")
+        same_length = found.shape == expected.shape
+        if not same_length or not torch.allclose(found.float(), expected, rtol=BUFFER_TOLERANCE, atol=1e-12):
+            raise CheckpointError(
+                f"{where} was trained with another schedule: '{name}' has {len(found)} timesteps there, "
+                f"{len(expected)} here{' with other values' if same_length else ''}; "
+                "set diffusion.schedule and diffusion.num_timesteps"
+            )

@@ -1,0 +1,1 @@
+"""What starts ranks: the command line and the cluster executors."""

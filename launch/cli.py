@@ -1,0 +1,172 @@
+"""The one command line. Commands import what they need when they run: `--help` loads no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpc_ddpm.errors import ConfigError, HpcDdpmError
+
+app = typer.Typer(
+    name="hpc-ddpm",
+    help="Mask-conditioned 3-D brain MRI diffusion (Med-DDPM) for clusters: pack, train, sample, look.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+weights_app = typer.Typer(help="Med-DDPM checkpoints in and out.", no_args_is_help=True)
+config_app = typer.Typer(help="Look at settings and presets.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights", rich_help_panel="Tools")
+app.add_typer(config_app, name="config", rich_help_panel="Tools")
+
+STAGES, START = "Stages (each alone, under torchrun, mpirun or srun)", "Start here"
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", "-c", help="Preset name or YAML file; `config ls` lists presets.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that win over the file."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+@app.command(rich_help_panel=START)
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+    data: Annotated[Path | None, typer.Option(help="Your own pairs instead of the embedded brains.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes for training and sampling.")] = 2,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """The main job end to end: pack, train on 2 ranks, sample new volumes for held-out masks, report."""
+    from launch.stages import demo_stage
+
+    demo_stage(out, data, ranks, overrides or [], show_progress=not quiet)
+
+
+@app.command(rich_help_panel=STAGES)
+def pack(
+    source: Annotated[Path, typer.Argument(help="Folder of NIfTI pairs, or a CSV/TSV/JSON table.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the packed dataset.")],
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out subjects that cannot be read or do not fit.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a dataset packed with other settings.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pack NIfTI pairs into HDF5 shards."""
+    from hpc_ddpm.config import load_config
+    from launch.stages import pack_stage
+
+    pack_stage(source, out, load_config(config, overrides or []).config, skip_bad, overwrite, show_progress=not quiet)
+
+
+@app.command(rich_help_panel=STAGES)
+def train(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run directory; the same command resumes it.")],
+    config: ConfigOption = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Packed dataset (data.path).")] = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train, or go on where the run directory stands."""
+    from launch.stages import train_stage
+
+    settings = [*(overrides or []), *([f"data.path={data.resolve()}"] if data else [])]
+    raise typer.Exit(train_stage(out, config, settings, show_progress=not quiet))
+
+
+@app.command(rich_help_panel=STAGES)
+def sample(
+    source: Annotated[Path, typer.Argument(help="Run directory or imported weights.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the volumes.")],
+    masks: Annotated[Path | None, typer.Option(help="Mask, folder of masks, or table.")] = None,
+    split: Annotated[
+        str, typer.Option(help="Without --masks: take the masks of this split of the packed data.")
+    ] = "val",
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Generate volumes for masks; finished ones are skipped."""
+    from launch.stages import sample_stage
+
+    sample_stage(source, out, masks, split, overrides or [], show_progress=not quiet)
+
+
+@weights_app.command("import")
+def weights_import(
+    source: Annotated[Path, typer.Argument(help="A published Med-DDPM .pt file.")],
+    preset: Annotated[str, typer.Option(help="The preset it was trained as: whole_head_128 or brats_192.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for weights, configuration and provenance.")],
+    overrides: Overrides = None,
+    ema: Annotated[bool, typer.Option(help="Take the averaged weights (as its samplers do) or the raw ones.")] = True,
+) -> None:
+    """Turn a Med-DDPM checkpoint into safetensors with configuration and provenance."""
+    from hpc_ddpm.config import load_config
+    from hpc_ddpm.weights import import_med_ddpm, save_weights
+
+    save_weights(out, *import_med_ddpm(source, load_config(preset, overrides or []).config, ema=ema))
+    typer.echo(f"imported {source} -> {out}")
+
+
+@weights_app.command("export")
+def weights_export(
+    source: Annotated[Path, typer.Argument(help="Imported weights or a run directory.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .pt file that Med-DDPM's samplers load.")],
+) -> None:
+    """Write weights as a Med-DDPM checkpoint."""
+    from hpc_ddpm.weights import export_med_ddpm
+
+    export_med_ddpm(source, out)
+    typer.echo(f"exported {source} -> {out}")
+
+
+@config_app.command("ls")
+def config_ls() -> None:
+    """List the presets."""
+    from hpc_ddpm.config import list_presets, presets_dir
+
+    for name in list_presets():
+        first = (presets_dir() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        typer.echo(f"{name:18} {first.removeprefix('#').strip()}")
+
+
+@config_app.command("show")
+def config_show(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Every setting, its value, and where the value came from."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from hpc_ddpm.config import flatten_config, load_config
+
+    loaded = load_config(config, overrides or [])
+    table = Table("setting", "value", "from", box=None, header_style="bold", pad_edge=False)
+    for key, value in flatten_config(loaded.config).items():
+        origin = loaded.origin(key)
+        table.add_row(key, json.dumps(value), origin, style="dim" if origin == "default" else None)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main() -> None:
+    """Entry point: 0 done, 2 the user's mistake in one line, 130 Ctrl-C; a bug keeps its traceback (1)."""
+    try:
+        app()
+    except HpcDdpmError as error:
+        rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID") or "0"
+        if rank == "0" or not isinstance(error, ConfigError):  # a wrong setting is the same on all ranks
+            print(f"hpc-ddpm: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("hpc-ddpm: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

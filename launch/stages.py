@@ -1,0 +1,177 @@
+"""The stages as one rank runs them: read the run directory, join the others, call the library, show progress."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hpc_ddpm.config import Config, config_from_dict, flatten_config, load_config
+from hpc_ddpm.distributed import Ranks, detect_ranks, local_device, process_group, resolve_precision
+from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.runlog import provenance, write_json_atomic
+from launch.progress import progress_bar, training_note
+
+MAY_CHANGE = {
+    "name",
+    "data.path",
+    "data.num_workers",
+    "model.activation_checkpointing",
+    "model.channels_last",
+    "training.num_steps",
+    "training.micro_batch",
+    "training.zero_stage",
+    "training.reduce_bucket_size",
+    "training.overlap_comm",
+    "training.log_every_steps",
+    "training.checkpoint_every_steps",
+    "training.keep_checkpoints",
+}
+"""Settings that a resumed run may change; sampling.* too. All others would make it another experiment."""
+
+
+def pack_stage(source: Path, out: Path, config: Config, skip_bad: bool, overwrite: bool, show_progress: bool) -> None:
+    """`hpc-ddpm pack`."""
+    from hpc_ddpm.data.pack import pack
+
+    with progress_bar("packing", show=show_progress) as update:
+        report = pack(
+            source,
+            out,
+            config.data,
+            skip_bad=skip_bad,
+            overwrite=overwrite,
+            progress=lambda done, total: update(done, total, ""),
+        )
+    splits = ", ".join(f"{count} {name}" for name, count in report.splits.items())
+    there = "" if report.num_written else " (all were there)"
+    print(f"packed {report.num_subjects} subjects{there}: {splits}; {out}")
+    for line in [f"not paired: {entry}" for entry in report.unmatched] + [
+        f"left out: {line}" for line in report.failures
+    ]:
+        print(line, file=sys.stderr)
+    if report.labels_never_found:
+        print(f"no mask has the label {', '.join(report.labels_never_found)}: check the scheme", file=sys.stderr)
+
+
+def train_stage(run_dir: Path, source: str | None, overrides: Sequence[str], show_progress: bool) -> int:
+    """`hpc-ddpm train`; returns the exit code: 0 done, 128 + signal when stopped by one."""
+    from hpc_ddpm.training.loop import train
+
+    ranks = detect_ranks()
+    config = resume_config(run_dir, source, overrides)
+    with process_group(ranks) as device:
+        if ranks.is_main:
+            write_json_atomic(run_dir / "config.json", config.dump())
+            write_json_atomic(run_dir / "provenance.json", provenance() | {"world_size": ranks.world_size})
+        total = config.training.num_steps
+        with progress_bar("training", show=show_progress and ranks.is_main) as update:
+            result = train(
+                config,
+                run_dir,
+                ranks,
+                device,
+                on_log=lambda step, values: update(step, total, training_note(values)),
+            )
+    if ranks.is_main:
+        print(_outcome(result.step, total, result.resumed_from, result.stopped_by, run_dir))
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _outcome(step: int, total: int, resumed_from: int, stopped_by: int, run_dir: Path) -> str:
+    since = f" (went on from step {resumed_from})" if resumed_from else ""
+    if stopped_by:
+        name = signal.Signals(stopped_by).name
+        return (
+            f"stopped by {name} at step {step} of {total}{since}; checkpoint saved, the same command goes on: {run_dir}"
+        )
+    return f"trained to step {step}{since}: {run_dir}"
+
+
+def resume_config(run_dir: Path, source: str | None, overrides: Sequence[str]) -> Config:
+    """The configuration to train with: as given, or as stored in the run with the given changes.
+
+    Raises:
+        ConfigError: the run directory holds another experiment.
+    """
+    stored_path = run_dir / "config.json"
+    if not stored_path.is_file():
+        return load_config(source, overrides).config
+    stored = config_from_dict(json.loads(stored_path.read_text(encoding="utf-8")), str(stored_path))
+    if source is not None:
+        wanted = load_config(source, overrides).config
+    else:
+        changes = load_config(None, overrides)
+        given = {key: flatten_config(changes.config)[key] for key in changes.origins}
+        wanted = config_from_dict(_with(stored.dump(), given), "command line")
+    before, after = flatten_config(stored), flatten_config(wanted)
+    differing = [key for key in after if before[key] != after[key]]
+    fixed = [key for key in differing if key not in MAY_CHANGE and not key.startswith("sampling.")]
+    if fixed:
+        shown = "; ".join(f"{key} {before[key]} -> {after[key]}" for key in fixed[:3])
+        raise ConfigError(f"{run_dir} was started with other settings: {shown}; choose another --out or keep them")
+    return wanted
+
+
+def _with(tree: dict[str, object], changes: Mapping[str, object]) -> dict[str, object]:
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]  # type: ignore[assignment]
+        node[leaf] = value
+    return tree
+
+
+def sample_stage(
+    source: Path, out: Path, masks: Path | None, split: str, overrides: Sequence[str], show_progress: bool
+) -> None:
+    """`hpc-ddpm sample`: the ranks share the work without talking to each other."""
+    import torch
+
+    from hpc_ddpm.sampling.run import masks_from_files, masks_from_packed, run_sampling
+    from hpc_ddpm.weights import load_model
+
+    ranks = detect_ranks()
+    device = local_device(ranks)
+    model = load_model(source, overrides=list(overrides))
+    config = model.config
+    found = masks_from_files(masks, config) if masks else masks_from_packed(config.data.path, split)
+    is_bf16 = resolve_precision(config.sampling.precision, device) == "bf16"
+    model = model.to(device, torch.bfloat16 if is_bf16 else torch.float32)
+    with progress_bar("sampling", show=show_progress and ranks.is_main) as update:
+        report = run_sampling(
+            model,
+            found,
+            out,
+            ranks,
+            model.provenance,
+            on_volume=lambda done, total: update(done, total, _of(ranks)),
+        )
+    rate = f", {report.seconds / report.generated:.2f} s per volume" if report.generated else ""
+    print(
+        f"rank {ranks.rank}: {report.generated} volumes generated{rate}, {report.skipped} were there: {out}",
+        file=sys.stderr if not ranks.is_main else sys.stdout,
+    )
+
+
+def _of(ranks: Ranks) -> str:
+    return f"(rank 0 of {ranks.world_size})" if ranks.world_size > 1 else ""
+
+
+def demo_stage(out: Path, data: Path | None, num_ranks: int, overrides: Sequence[str], show_progress: bool) -> None:
+    """`hpc-ddpm demo`."""
+    from hpc_ddpm.demo.run import run_demo
+
+    with progress_bar("brains", show=show_progress) as update:
+        run_demo(
+            out,
+            data,
+            num_ranks,
+            overrides,
+            say=lambda line: print(line, flush=True),
+            on_cohort=lambda done, total: update(done, total, ""),
+            quiet=not show_progress,
+        )

@@ -1,0 +1,289 @@
+import fcntl
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from hpc_ddpm.config import DataConfig
+from hpc_ddpm.data.discover import discover
+from hpc_ddpm.data.pack import pack
+from hpc_ddpm.data.phantom import write_phantoms
+from hpc_ddpm.data.preprocess import prepare
+from hpc_ddpm.data.shards import open_packed
+from hpc_ddpm.errors import DataFormatError
+
+ONE_PER_SHARD = 1e-9
+
+
+def content(path: Path) -> dict[str, Any]:
+    """Everything a reader sees."""
+    packed = open_packed(path)
+    return {
+        subject.id: (subject.split, *(array.tobytes() for array in packed.read(subject.index)))
+        for subject in packed.subjects()
+    }
+
+
+@pytest.mark.parametrize("storage", ["int16", "float32"])
+def test_what_is_packed_is_what_was_prepared(
+    heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig], storage: str
+) -> None:
+    config = tiny(storage_dtype=storage, size=(8, 8, 12))
+    report = pack(heads, tmp_path / "out", config)
+    assert (report.num_subjects, report.num_written, report.layout) == (6, 6, "tree")
+    packed = open_packed(tmp_path / "out")
+    assert (packed.data.layout, packed.data.path, len(packed)) == ("tree", str(tmp_path / "out"), 6)
+    for subject, entry in zip(discover(heads, config).subjects, packed.subjects(), strict=True):
+        expected = prepare(subject, config)
+        image, mask = packed.read(entry.index)
+        assert (entry.id, image.dtype) == (subject.id, np.dtype(storage))
+        scale = 32767 if storage == "int16" else 1
+        np.testing.assert_allclose(image / scale, expected.image, atol=1.6e-5 if scale > 1 else 0)
+        np.testing.assert_array_equal(mask, expected.mask)
+        np.testing.assert_array_equal(packed.affine(entry.index), expected.affine)
+        np.testing.assert_array_equal(packed.intensity(entry.index), expected.intensity)
+        assert packed.geometry(entry.index) == expected.geometry
+        assert packed.label_voxels(entry.index).tolist() == [(mask == 1).sum(), (mask == 2).sum()]
+
+
+def test_splits(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    report = pack(heads, tmp_path / "out", tiny(val_fraction=0.3))
+    packed = open_packed(tmp_path / "out")
+    assert report.splits == {split: len(packed.subjects(split)) for split in ("train", "val")}
+    assert sum(report.splits.values()) == 6
+    assert packed.subjects("test") == []
+
+
+def test_finished_work_is_not_redone(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    out, seen = tmp_path / "out", list[tuple[int, int]]()
+    config = tiny(shard_size_gib=ONE_PER_SHARD)
+    first = pack(heads, out, config, progress=lambda done, total: seen.append((done, total)))
+    assert (seen[-1], len(list(out.glob("shard-*.h5")))) == ((6, 6), 6)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    second = pack(heads, out, config.model_copy(update={"num_workers": 7, "layout": "tree"}))
+    assert second.num_written == 0
+    assert {**vars(first), "num_written": 0} == vars(second)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    (out / "shard-00002.h5").unlink()
+    expected = before.keys()
+    assert pack(heads, out, config).num_written == 1
+    assert {path.name for path in out.iterdir()} == expected
+    assert len(content(out)) == 6
+
+
+def test_another_configuration_or_source_is_refused(
+    heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]
+) -> None:
+    out = tmp_path / "out"
+    pack(heads, out, tiny(shard_size_gib=ONE_PER_SHARD))
+    with pytest.raises(DataFormatError, match=r"other settings \(data\.size.*\); pack into another --out, or rep"):
+        pack(heads, out, tiny(size=(8, 8, 8), shard_size_gib=ONE_PER_SHARD))
+    before = content(out)
+    os.utime(heads / "t1" / "head_0001.nii.gz")
+    with pytest.raises(DataFormatError, match=r"files of shard-00001\.h5 changed since it was packed"):
+        pack(heads, out, tiny(shard_size_gib=ONE_PER_SHARD))
+    (heads / "t1" / "head_0005.nii.gz").unlink()
+    with pytest.raises(DataFormatError, match="other subjects or splits"):
+        pack(heads, out, tiny(shard_size_gib=ONE_PER_SHARD))
+    assert content(out) == before
+    report = pack(heads, out, tiny(), overwrite=True)
+    assert (report.num_written, [path.name for path in sorted(out.iterdir())]) == (
+        5,
+        ["index.json", "shard-00000.h5"],
+    )
+
+
+def test_bad_subjects_are_all_named_and_nothing_is_published(
+    heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]
+) -> None:
+    out = tmp_path / "out"
+    cut = heads / "t1" / "head_0001.nii.gz"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:200])
+    (heads / "mask" / "head_0004.nii.gz").write_bytes(b"x")
+    with pytest.raises(DataFormatError, match="2 of 6 subjects cannot be packed") as caught:
+        pack(heads, out, tiny())
+    assert str(cut) in str(caught.value)
+    assert "head_0004" in str(caught.value)
+    with pytest.raises(DataFormatError, match="packing has not finished here"):
+        open_packed(out)
+    report = pack(heads, out, tiny(), skip_bad=True)
+    assert (report.num_subjects, report.num_written, len(report.failures)) == (4, 0, 2)
+    assert len(content(out)) == 4
+    assert pack(heads, out, tiny(), skip_bad=True).failures == report.failures
+    with pytest.raises(DataFormatError, match="2 of 6"):
+        pack(heads, out, tiny())
+    cut.write_bytes(whole)
+    with pytest.raises(DataFormatError, match="changed since it was packed"):
+        pack(heads, out, tiny(), skip_bad=True)
+
+
+def test_a_mended_file_joins_the_finished_ones(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    cut = heads / "t1" / "head_0001.nii.gz"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:200])
+    with pytest.raises(DataFormatError, match="1 of 6"):
+        pack(heads, tmp_path / "out", tiny())
+    cut.write_bytes(whole)
+    assert pack(heads, tmp_path / "out", tiny()).num_written == 1
+    pack(heads, tmp_path / "plain", tiny())
+    assert content(tmp_path / "out") == content(tmp_path / "plain")
+
+
+def test_all_bad(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    with pytest.raises(DataFormatError, match="6 of 6 subjects cannot be packed") as caught:
+        pack(heads, tmp_path / "out", tiny(normalization="none"), skip_bad=True)
+    assert "values from 0" in str(caught.value)
+
+
+def test_report_of_labels_never_found(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    labels = {"names": {1: "head", 2: "tumour", 3: "vessel"}}
+    assert pack(heads, tmp_path / "out", tiny(labels=labels)).labels_never_found == ("vessel",)
+
+
+def test_workers_change_nothing(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    (heads / "mask" / "head_0002.nii.gz").write_bytes(b"x")
+    for workers in (0, 2):
+        pack(heads, tmp_path / f"out{workers}", tiny(), num_workers=workers, skip_bad=True)
+    names = sorted(path.name for path in (tmp_path / "out0").iterdir())
+    for name in names:
+        assert (tmp_path / "out0" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
+
+
+def test_two_writers_do_not_share_a_shard(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    out = tmp_path / "out"
+    (heads / "mask" / "head_0002.nii.gz").write_bytes(b"x")
+    with pytest.raises(DataFormatError):
+        pack(heads, out, tiny())
+    with (out / "shard-00000.h5.tmp").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DataFormatError, match="another process is packing into it"):
+            pack(heads, out, tiny())
+
+
+def command(source: Path, out: Path, config: DataConfig, folder: Path) -> list[str]:
+    script = folder / "pack_here.py"
+    script.write_text(
+        "import sys\n"
+        "from hpc_ddpm.config import DataConfig\n"
+        "from hpc_ddpm.data.pack import pack\n"
+        "if __name__ == '__main__':\n"
+        "    config = DataConfig.model_validate_json(sys.argv[3])\n"
+        "    tick = lambda done, total: print(done, flush=True)\n"
+        "    pack(sys.argv[1], sys.argv[2], config, num_workers=int(sys.argv[4]), progress=tick)\n"
+    )
+    return [sys.executable, str(script), str(source), str(out), config.model_dump_json(), "0"]
+
+
+def kill_somewhere(arguments: list[str], rng: random.Random) -> bool:
+    """Start packing, kill it a moment after its first sign of life; whether it was still running."""
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.25))
+        running = process.poll() is None
+        process.kill()
+        process.communicate(timeout=30)  # ends when the workers, who share the pipe, are gone too
+    return running
+
+
+@pytest.mark.slow
+def test_killed_with_workers_it_goes_on_and_leaves_none_behind(tmp_path: Path) -> None:
+    source = write_phantoms(tmp_path / "heads", 24, (32, 32, 32))
+    config = DataConfig(size=(32, 32, 32), shard_size_gib=1e-3)
+    arguments = [*command(source, tmp_path / "out", config, tmp_path)[:-1], "2"]
+    rng = random.Random(1)
+    assert sum(kill_somewhere(arguments, rng) for _ in range(3)) > 0
+    pack(source, tmp_path / "out", config)
+    pack(source, tmp_path / "straight", config)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("shard_size_gib", [1.0, 1e-4])
+def test_killed_anywhere_it_goes_on(heads: Path, tmp_path: Path, shard_size_gib: float) -> None:
+    config = DataConfig(size=(32, 32, 32), shard_size_gib=shard_size_gib)
+    begin = time.perf_counter()
+    pack(heads, tmp_path / "straight", config)
+    whole_s = time.perf_counter() - begin
+    out, rng, kills = tmp_path / "out", random.Random(0), 0
+    for _ in range(15):
+        child = multiprocessing.get_context("fork").Process(target=pack, args=(heads, out, config))
+        child.start()
+        time.sleep(rng.uniform(0, whole_s))
+        kills += child.is_alive()
+        child.kill()
+        child.join()
+        if (out / "index.json").exists():
+            assert content(out) == content(tmp_path / "straight")
+            shutil.rmtree(out)
+    assert kills > 3
+    pack(heads, out, config)
+    assert content(out) == content(tmp_path / "straight")
+    assert not list(out.glob("*.h5.tmp"))
+
+
+def test_an_unfinished_shard_is_continued(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    out = tmp_path / "out"
+
+    def stop_after_three(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(heads, out, tiny(), progress=stop_after_three)
+    assert not (out / "index.json").exists()
+    assert pack(heads, out, tiny()).num_written == 3
+    assert len(content(out)) == 6
+
+
+@pytest.mark.parametrize("how", ["torn", "bit", "plan"])
+def test_an_unfinished_shard_that_cannot_be_trusted(
+    heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig], how: str
+) -> None:
+    out = tmp_path / "out"
+    broken = heads / "mask" / "head_0005.nii.gz"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"x")
+    with pytest.raises(DataFormatError):
+        pack(heads, out, tiny())
+    broken.write_bytes(whole)
+    temporary = out / "shard-00000.h5.tmp"
+    data = bytearray(temporary.read_bytes())
+    config = tiny()
+    if how == "torn":
+        temporary.write_bytes(data[:2000])
+    elif how == "bit":
+        with h5py.File(temporary, "r+") as file:
+            file["crc32_image"][2] = 1
+    else:
+        config = tiny(val_fraction=0.5)
+    assert pack(heads, out, config).num_written == {"torn": 6, "bit": 2, "plan": 6}[how]
+    assert len(content(out)) == 6
+
+
+def test_plain_h5py_reads_the_shards(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    pack(heads, tmp_path / "out", tiny())
+    with h5py.File(tmp_path / "out" / "shard-00000.h5") as file:
+        assert (file.attrs["format"], file.attrs["version"], file.attrs["axes"]) == (
+            "hpc_ddpm packed dataset",
+            1,
+            "CZYX",
+        )
+        assert json.loads(file.attrs["labels"])["names"] == {"1": "head", "2": "tumour"}
+        assert json.loads(file.attrs["modalities"]) == ["t1"]
+        assert file["image"].fletcher32
+        assert (file["image"].chunks, file["mask"].chunks) == ((1, 1, 12, 10, 8), (1, 12, 10, 8))
+        volume = file["image"][0].astype("f4") * file.attrs["image_scale"]
+        assert (volume.min(), volume.max()) == (-1, 1)
+        assert file["id"].asstr()[:].tolist() == [f"head_000{i}" for i in range(6)]

@@ -1,0 +1,188 @@
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hpc_ddpm.config import DataConfig, LabelsConfig
+from hpc_ddpm.data import shards
+from hpc_ddpm.data.dataset import VolumeDataset, to_unit_range
+from hpc_ddpm.data.pack import pack
+from hpc_ddpm.data.sampler import StepBatches, build_loader
+from hpc_ddpm.data.shards import Packed, open_packed
+from hpc_ddpm.errors import DataFormatError
+
+
+@pytest.fixture
+def packed_path(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> Path:
+    """Six subjects in three shards."""
+    rows = 2 * 8 * 10 * 12 * 3 / 2**30
+    pack(heads, tmp_path / "out", tiny(shard_size_gib=rows))
+    assert len(list((tmp_path / "out").glob("shard-*.h5"))) == 3
+    return tmp_path / "out"
+
+
+def test_items(packed_path: Path) -> None:
+    dataset = VolumeDataset(packed_path, "train")
+    assert len(dataset) == len(dataset.packed.subjects("train"))
+    item = dataset[1]
+    assert (item["image"].shape, item["image"].dtype) == ((1, 12, 10, 8), torch.int16)
+    assert (item["mask"].shape, item["mask"].dtype, item["index"]) == ((12, 10, 8), torch.uint8, 1)
+    with pytest.raises(DataFormatError, match=r"no subject in split 'test', found train, val"):
+        VolumeDataset(packed_path, "test")
+
+
+def test_to_unit_range() -> None:
+    stored = torch.tensor([-32767, 0, 32767], dtype=torch.int16)
+    assert to_unit_range(stored).tolist() == [-1, 0, 1]
+    floats = torch.tensor([-1.0, 0.5])
+    assert to_unit_range(floats) is floats
+
+
+def test_buffers_are_reused(packed_path: Path) -> None:
+    packed = open_packed(packed_path)
+    image, mask = np.empty((1, 12, 10, 8), np.int16), np.empty((12, 10, 8), np.uint8)
+    for index in (0, 5, 3):
+        assert packed.read(index, image, mask)[0] is image
+        fresh = open_packed(packed_path).read(index)
+        np.testing.assert_array_equal(image, fresh[0])
+        np.testing.assert_array_equal(mask, fresh[1])
+        np.testing.assert_array_equal(packed.read_mask(index), mask)
+
+
+@pytest.mark.parametrize(("start_method", "num_workers"), [("fork", 2), ("spawn", 1)])
+def test_loader_workers(packed_path: Path, start_method: str, num_workers: int) -> None:
+    dataset = VolumeDataset(packed_path)
+    here = [dataset[i] for i in range(len(dataset))]  # opens shards in this process first
+    batches = StepBatches(len(dataset), 0, 0, 3, 4, 2, 0, 1)
+    expected = list(batches)
+    for number, batch in enumerate(build_loader(dataset, batches, num_workers, start_method=start_method)):
+        assert batch["index"].tolist() == expected[number]
+        assert batch["image"].shape == (2, 1, 12, 10, 8)
+        for position, index in enumerate(expected[number]):
+            assert torch.equal(batch["image"][position], here[index]["image"])
+            assert torch.equal(batch["mask"][position], here[index]["mask"])
+    assert number == 5
+
+
+def test_loader_without_workers_and_batches_of_one(packed_path: Path) -> None:
+    dataset = VolumeDataset(packed_path)
+    batch = next(iter(build_loader(dataset, StepBatches(len(dataset), 0, 0, 1, 1, 1, 0, 1), 0)))
+    assert (batch["image"].shape, batch["mask"].shape, batch["index"].shape) == (
+        (1, 1, 12, 10, 8),
+        (1, 12, 10, 8),
+        (1,),
+    )
+
+
+def test_few_files_stay_open(packed_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
+    packed = open_packed(packed_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for index in (0, 2, 4, 0, 2, 4):
+        packed.read(index)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 2
+    assert len(pickle.loads(pickle.dumps(packed))._files) == 0
+
+
+def subject_of(message: str) -> str:
+    return message.split("damaged at subject ")[1].split(":")[0]
+
+
+def test_every_flipped_bit_in_a_volume_is_found(packed_path: Path) -> None:
+    shard = packed_path / "shard-00001.h5"
+    whole = shard.read_bytes()
+    offsets = volume_bytes(shard)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        place, length, subject = offsets[rng.integers(len(offsets))]
+        damaged = bytearray(whole)
+        damaged[place + int(rng.integers(length))] ^= 1 << int(rng.integers(8))
+        shard.write_bytes(damaged)
+        with pytest.raises(DataFormatError, match=r"shard-00001\.h5: damaged at subject") as caught:
+            read_all(open_packed(packed_path))
+        assert subject_of(str(caught.value)) == subject
+
+
+def volume_bytes(shard: Path) -> list[tuple[int, int, str]]:
+    """Offset, length and subject of every chunk with voxels."""
+    with shards.open_reader(shard) as file:
+        ids = file["id"].asstr()[:]
+        chunks = [file[name].id.get_chunk_info(i) for name in ("image", "mask") for i in range(len(ids))]
+        return [(chunk.byte_offset, chunk.size, ids[chunk.chunk_offset[0]]) for chunk in chunks]
+
+
+def read_all(packed: Packed) -> None:
+    for subject in packed.subjects():
+        packed.read(subject.index)
+
+
+@pytest.mark.parametrize(("key", "what"), [("crc32_image", "image"), ("crc32_mask", "mask")])
+def test_voxels_that_differ_from_the_index_are_found(packed_path: Path, key: str, what: str) -> None:
+    index = json.loads((packed_path / "index.json").read_text())
+    index[key][3] = index[key][2]
+    (packed_path / "index.json").write_text(json.dumps(index))
+    packed = open_packed(packed_path)
+    packed.read(2)
+    with pytest.raises(DataFormatError, match=rf"shard-00001\.h5: damaged at subject head_0003: the {what} differs"):
+        packed.read(3)
+
+
+def test_unreadable_datasets(packed_path: Path) -> None:
+    assert (packed_path / "shard-00000.h5").stat().st_size == (packed_path / "shard-00002.h5").stat().st_size
+    with pytest.raises(DataFormatError, match=r"no such packed dataset; run `hpc-ddpm pack` or set data\.path"):
+        open_packed(packed_path / "gone")
+    (packed_path / "empty").mkdir()
+    with pytest.raises(DataFormatError, match=r"no index\.json, so packing has not finished here"):
+        open_packed(packed_path / "empty")
+    index = packed_path / "index.json"
+    good = index.read_text()
+    for text, message in {
+        "{": "not a readable index",
+        "[]": "not a readable index",
+        good.replace('"version": 1', '"version": 9'): "version 9 found, .* version 1 expected; pack again",
+        good.replace('"format": "hpc_ddpm packed dataset"', '"format": "zarr"'): "format 'zarr'",
+    }.items():
+        index.write_text(text)
+        with pytest.raises(DataFormatError, match=message):
+            open_packed(packed_path)
+    index.write_text(good)
+    shard = packed_path / "shard-00001.h5"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-10])
+    with pytest.raises(DataFormatError, match=rf"shard-00001\.h5: {len(data) - 10} bytes found, {len(data)} expected"):
+        open_packed(packed_path)
+    shard.unlink()
+    with pytest.raises(DataFormatError, match=r"shard-00001\.h5: this shard is missing"):
+        open_packed(packed_path)
+
+
+def test_shards_that_go_bad_while_open(packed_path: Path) -> None:
+    shard = packed_path / "shard-00001.h5"
+    size, packed = shard.stat().st_size, open_packed(packed_path)
+    shard.write_bytes(b"\0" * size)
+    with pytest.raises(DataFormatError, match=r"shard-00001\.h5: damaged shard"):
+        packed.read(2)
+    shard.unlink()
+    with pytest.raises(DataFormatError, match=r"shard-00001\.h5: this shard is missing"):
+        packed.geometry(3)
+
+
+def test_a_shard_of_another_version(packed_path: Path) -> None:
+    import h5py
+
+    with h5py.File(packed_path / "shard-00001.h5", "r+") as file:
+        file.attrs["version"] = 2
+    with pytest.raises(DataFormatError, match=r"version 2 found, .* version 1 expected"):
+        shards.open_reader(packed_path / "shard-00001.h5")
+
+
+def test_label_order_survives(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    labels = LabelsConfig(names={2: "tumour", 1: "head"})
+    pack(heads, tmp_path / "out", tiny(labels=labels))
+    assert list(open_packed(tmp_path / "out").data.labels.names) == [2, 1]
+    with pytest.raises(DataFormatError, match="holds a dataset with other"):
+        pack(heads, tmp_path / "out", tiny(labels=LabelsConfig()))

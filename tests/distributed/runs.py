@@ -1,0 +1,15 @@
+"""Runs several trainings in one process group: `torchrun … runs.py PLAN.json`; each is {run, overrides}."""
+
+import json
+import sys
+from pathlib import Path
+
+from hpc_ddpm.config import load_config
+from hpc_ddpm.distributed import detect_ranks, process_group
+from hpc_ddpm.training.loop import train
+
+if __name__ == "__main__":
+    ranks = detect_ranks()
+    with process_group(ranks) as device:
+        for job in json.loads(Path(sys.argv[1]).read_text()):
+            train(load_config(None, job["overrides"]).config, Path(job["run"]), ranks, device)

@@ -1,0 +1,193 @@
+"""The command line as a user meets it: help, exit codes, one line per mistake, the whole path."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from launch.cli import main
+from tests.conftest import TINY, rank_environment
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize("command", [[], ["pack"], ["train"], ["sample"], ["weights"], ["config"], ["demo"]])
+def test_help_loads_no_torch(command: list[str]) -> None:
+    code = (
+        "import sys; from launch.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules, 'heavy import'"
+    )
+    arguments = [sys.executable, "-c", code, *command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=rank_environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, hpc_ddpm; assert 'torch' not in sys.modules; hpc_ddpm.__version__"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_config_show_and_ls(cli: Cli) -> None:
+    shown = cli("config", "show", "-c", "demo", "training.zero_stage=2")
+    assert shown.returncode == 0
+    line = next(line for line in shown.stdout.splitlines() if line.startswith("training.zero_stage"))
+    assert line.split() == ["training.zero_stage", "2", "command", "line"]
+    assert "whole_head_128" in cli("config", "ls").stdout
+
+
+@pytest.fixture(scope="module")
+def run(cli: Cli, tiny_packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    done = cli("train", "--out", folder, "--data", tiny_packed, "-q", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert f"trained to step 6: {folder}" in done.stdout
+    return folder
+
+
+def test_a_run_directory_says_everything(run: Path) -> None:
+    assert json.loads((run / "config.json").read_text())["training"]["num_steps"] == 6
+    record = json.loads((run / "provenance.json").read_text())
+    assert {"torch", "deepspeed", "hpc_ddpm"} <= set(record["versions"])
+    assert record["world_size"] == 1
+    settings = json.loads((run / "deepspeed.json").read_text())
+    assert settings["zero_optimization"]["stage"] == 1
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    wanted = {
+        "step",
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "step_time_s",
+        "volumes_per_s",
+        "data_wait_share",
+    }
+    assert wanted | {"memory_gib"} <= set(last)
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_a_finished_run_is_left_alone(run: Path, cli: Cli) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    done = cli("train", "--out", run, "-q")
+    assert (done.returncode, done.stdout.split(":")[0]) == (0, "trained to step 6 (went on from step 6)")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_experiment_is_refused(run: Path, cli: Cli) -> None:
+    done = cli("train", "--out", run, "-q", "training.learning_rate=1e-3")
+    assert done.returncode == 2
+    assert "started with other settings: training.learning_rate 0.01 -> 0.001" in done.stderr
+
+
+def test_sampling_writes_volumes_once(run: Path, cli: Cli, tmp_path: Path) -> None:
+    first = cli("sample", run, "--out", tmp_path / "out", "-q", "sampling.replicas=2")
+    assert first.returncode == 0, first.stderr
+    sidecars = sorted((tmp_path / "out" / "sidecar").glob("*.json"))
+    records = [json.loads(path.read_text()) for path in sidecars]
+    assert len(records) >= 2
+    assert len({record["seed"] for record in records}) == len(records)
+    record = records[0]
+    assert record["weights"]["source"]["checkpoint"] == "step_00000006"
+    assert record["sampling"]["sampler"] == "dpmpp_2m"
+    volume = nibabel.load(tmp_path / "out" / "t1" / f"{record['id']}.nii.gz")
+    mask = nibabel.load(tmp_path / "out" / "mask" / f"{record['id']}.nii.gz")
+    assert volume.shape == mask.shape == (16, 16, 16)
+    assert np.array_equal(volume.affine, mask.affine)
+    assert set(np.unique(mask.dataobj)) <= {0, 1, 2}
+    stamps = [path.stat().st_mtime_ns for path in sidecars]
+    again = cli("sample", run, "--out", tmp_path / "out", "-q", "sampling.replicas=2")
+    assert "0 volumes generated" in again.stdout
+    assert [path.stat().st_mtime_ns for path in sidecars] == stamps
+    other = cli("sample", run, "--out", tmp_path / "out", "-q", "sampling.num_steps=3")
+    assert other.returncode == 2
+    assert "made with another sampling" in other.stderr
+
+
+@pytest.mark.slow
+def test_volumes_do_not_depend_on_ranks_or_batch(run: Path, cli: Cli, torchrun: Cli, tmp_path: Path) -> None:
+    common = ["sample", run, "--split", "train", "-q", "sampling.sampler=ddpm"]
+    assert cli(*common, "--out", tmp_path / "one").returncode == 0
+    done = torchrun(2, "-m", "launch.cli", *common, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert cli(*common, "--out", tmp_path / "batched", "sampling.batch_size=3").returncode == 0
+    names = sorted(path.name for path in (tmp_path / "one" / "t1").iterdir())
+    assert len(names) >= 6
+    for other, tolerance in (
+        ("two", 0.0),
+        ("batched", 1e-3),
+    ):  # another batch size takes other convolution kernels
+        assert names == sorted(path.name for path in (tmp_path / other / "t1").iterdir())
+        for name in names:
+            one, two = (nibabel.load(tmp_path / part / "t1" / name).get_fdata() for part in ("one", other))
+            assert np.abs(one - two).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "--out", "RUN", "training.zero_stag=2"], "did you mean 'training.zero_stage'"),
+        (["train", "--out", "RUN"], "no data: give --data"),
+        (["train", "--out", "RUN", "--data", "nowhere"], "nowhere"),
+        (["train", "--out", "RUN", "--data", "PACKED"], "was packed with"),
+        (["train", "--out", "RUN", "--config", "demoo"], "did you mean 'demo'"),
+        (["pack", "nowhere", "--out", "RUN"], "no such folder or table"),
+        (["sample", "nowhere", "--out", "RUN"], "no weights at nowhere"),
+        (["weights", "import", "nowhere.pt", "--preset", "brats_192", "--out", "RUN"], "no file nowhere.pt"),
+        (["demo", "--data", "nowhere", "--out", "RUN"], "no such folder or table"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    tiny_packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    part: str,
+) -> None:
+    places = {"RUN": str(tmp_path / "run"), "PACKED": str(tiny_packed)}
+    monkeypatch.setattr(sys, "argv", ["hpc-ddpm", *[places.get(word, word) for word in arguments]])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("hpc-ddpm: ")
+    assert part in lines[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_batch_that_does_not_divide(cli: Cli, tiny_packed: Path, tmp_path: Path) -> None:
+    done = cli("train", "--out", tmp_path / "run", "--data", tiny_packed, *TINY, "training.micro_batch=3")
+    assert done.returncode == 2
+    assert "4 is not a multiple of micro_batch x ranks = 3 x 1 = 3" in done.stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch import cli as module
+
+    monkeypatch.setattr(module, "app", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.main()
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from launch import cli as module
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "app", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        module.main()
+    assert caught.value.code == 130
+    assert "interrupted" in capsys.readouterr().err

@@ -1,0 +1,125 @@
+"""Rank facts from the environments that launchers leave behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from hpc_ddpm.distributed import (
+    Ranks,
+    StopFlag,
+    detect_ranks,
+    first_host,
+    local_device,
+    process_group,
+    resolve_precision,
+)
+from hpc_ddpm.errors import ClusterError, ConfigError
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "n1", "MASTER_PORT": "1234",
+}  # fmt: skip
+SRUN = {
+    "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu[07-12,20],n1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}  # fmt: skip
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}  # fmt: skip
+
+
+def test_alone() -> None:
+    assert detect_ranks({}) == Ranks(0, 1, 0, 1, "alone")
+    batch_script = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    assert detect_ranks(batch_script).world_size == 1
+
+
+def test_torchrun() -> None:
+    assert detect_ranks(TORCHRUN) == Ranks(3, 4, 1, 2, "torchrun", "n1", 1234)
+
+
+def test_srun() -> None:
+    ranks = detect_ranks(SRUN)
+    assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (2, 4, 0, 2)
+    assert (ranks.started_by, ranks.master_addr) == ("srun", "gpu07")
+    assert 20_000 <= ranks.master_port < 60_000
+
+
+def test_srun_ports_differ_between_jobs_steps_and_requeues() -> None:
+    ports = {
+        detect_ranks(SRUN | change).master_port
+        for change in ({}, {"SLURM_JOB_ID": "78"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"})
+    }
+    assert len(ports) == 4
+
+
+def test_mpirun_wins_inside_a_slurm_job() -> None:
+    assert detect_ranks(OPENMPI | SRUN).started_by == "mpirun"
+    assert detect_ranks(OPENMPI).rank == 1
+    mpich = {"PMI_RANK": "1", "PMI_SIZE": "3", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "3"}
+    assert detect_ranks(mpich) == Ranks(1, 3, 1, 3, "mpirun")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[07-12,20],n1", "gpu07"), ("a[3]", "a3"), ("n[1-2]-ib", "n1-ib")],
+)
+def test_first_host(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    ("environment", "part"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (TORCHRUN | {"RANK": "4"}, "rank 4 of 4"),
+        (TORCHRUN | {"RANK": "x"}, "RANK='x' is not a number"),
+        ({**SRUN, "SLURM_STEP_NODELIST": ""}, "set MASTER_ADDR"),
+    ],
+)
+def test_contradictions_are_refused(environment: dict[str, str], part: str) -> None:
+    with pytest.raises(ClusterError, match=part):
+        detect_ranks(environment)
+
+
+def test_precision_follows_the_device() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_precision("fp32", cpu) == "fp32"
+    assert resolve_precision("auto", cpu) in {"bf16", "fp32"}
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        resolve_precision("fp16", cpu)
+
+
+def test_known_bad_cudnn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90_900)
+    with pytest.raises(ConfigError, match=r"cuDNN 90900 .* 9\.15"):
+        resolve_precision("bf16", torch.device("cuda", 0))
+    assert resolve_precision("auto", torch.device("cuda", 0)) == "fp32"
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HPC_DDPM_DEVICE", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ClusterError, match="4 ranks on this node but 2 visible"):
+        local_device(Ranks(3, 4, 3, 4))
+
+
+def test_signals_only_set_a_flag() -> None:
+    cpu = torch.device("cpu")
+    with process_group(Ranks()) as device, StopFlag() as stop:
+        assert device == cpu
+        assert stop.agreed(cpu) == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed(cpu) == signal.SIGUSR1
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed(cpu) == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
