@@ -75,7 +75,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Ranks:
     missing = [name for name in TORCHRUN_VARIABLES if name not in env]
     if missing:
         raise ClusterError(
-            f"RANK or WORLD_SIZE is set but not {', '.join(missing)}; start with torchrun, mpirun or srun, or unset them"
+            f"RANK or WORLD_SIZE is set but not {', '.join(missing)}; use torchrun, mpirun or srun, or unset them"
         )
     return Ranks(
         rank=_integer(env, "RANK"),

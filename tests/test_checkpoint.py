@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_the_same_step_saved_again(root: Path) -> None:
 @pytest.mark.parametrize("cuts", [[0, 24], [0, 5, 24], [0, 1, 2, 12, 24]])
 def test_any_range_from_any_cut(tmp_path: Path, cuts: list[int]) -> None:
     flat = TENSOR.flatten()
-    for rank, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for rank, (low, high) in enumerate(itertools.pairwise(cuts)):
         path = tmp_path / f"pieces-{rank:05d}-of-{len(cuts) - 1:05d}.safetensors"
         write_pieces(path, [Piece("ema", "weight", (2, 3, 4), low, flat[low:high])])
     reader = PieceReader(tmp_path)

@@ -79,7 +79,7 @@ def test_masks_that_do_not_fit(model: torch.nn.Module, mask: np.ndarray) -> None
 def test_settings_that_do_not_exist(model: torch.nn.Module, mask: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="sampler='euler'"):
         hpc_ddpm.generate(model, mask, sampler="euler")
-    with pytest.raises(ConfigError, match="unknown setting 'sampling.steps'"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'sampling\.steps'"):
         hpc_ddpm.generate(model, mask, steps=3)
     with pytest.raises(ConfigError, match="condition_dropout"):
         hpc_ddpm.generate(model, mask, guidance_scale=2.0)

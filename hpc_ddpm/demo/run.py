@@ -113,7 +113,7 @@ class _Stages:
         threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
         self.env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
-    def run(self, title: str, arguments: list[str | Path], ranks: int) -> None:
+    def run(self, title: str, arguments: Sequence[str | Path], ranks: int) -> None:
         words = [str(argument) for argument in arguments]
         launcher = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "launch.cli"] if ranks > 1 else []
         self.shown.append(shlex.join([*(launcher or ["hpc-ddpm"]), *words]))

@@ -34,10 +34,11 @@ def describe_source(source: Path, config: Config) -> list[str]:
     is_raw = find_layout(source) == "brats_raw"
     names = _names(modalities, values, is_raw)
     depth, height, width = masks[0].data.shape
+    size = demo_size((width, height, depth), max(config.data.size), config.model.downsampling_factor)
     return [
         f"data.modalities={json.dumps(list(modalities))}",
         f"data.labels.names={json.dumps({str(value): name for value, name in names.items()})}",
-        f"data.size={json.dumps(demo_size((width, height, depth), max(config.data.size), config.model.downsampling_factor))}",
+        f"data.size={json.dumps(size)}",
     ]
 
 

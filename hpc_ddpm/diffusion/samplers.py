@@ -70,8 +70,8 @@ Sampler = Callable[[PredictXStart, Tensor, Sequence[Level], Options], Tensor]
 def build_path(schedule: Schedule, num_steps: int) -> list[Level]:
     """`num_steps` levels from the last timestep to the first; all of them when num_steps = T.
 
-    Quadratic spacing (Song et al. 2021, appendix D.2), dense where little noise is left: on the cosine schedule
-    it keeps fine detail that even spacing loses. Neighbours that round to the same timestep move apart.
+    Quadratic spacing (Song et al. 2021, appendix D.2), dense where little noise is left: on the cosine
+    schedule it keeps fine detail that even spacing loses. Timesteps that would coincide move apart.
 
     Raises:
         ConfigError: more steps than the chain has, or none.
