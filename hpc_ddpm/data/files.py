@@ -11,13 +11,6 @@ from pathlib import Path
 from typing import Any
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Flush `temporary` to disk and rename it to `final` (same folder), so that a crash leaves old or new."""
-    _fsync(temporary)
-    temporary.replace(final)
-    _fsync(final.parent)
-
-
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name in the folder of `path`; published on success, removed on an exception."""
@@ -25,7 +18,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        publish(temporary, path)
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,12 +1,13 @@
-"""Pack a source of NIfTI pairs into HDF5 shards: finished work is never redone, and a kill loses one.
+"""Pack a source of NIfTI pairs into HDF5 shards: finished subjects are never read again, whatever is killed.
 
-Rows of a shard are fixed by the sorted subject ids. A shard is written as shard-NNNNN.h5.tmp, row by row,
-then renamed; index.json comes last and makes the folder a packed dataset.
+Rows of a shard are fixed by the sorted subject ids. Each is written to shard-NNNNN.rows/ first; the complete
+ones become shard-NNNNN.h5, and index.json comes last and makes the folder a packed dataset.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ import numpy as np
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data import shards
 from hpc_ddpm.data.discover import Discovery, Subject, Unmatched, discover
-from hpc_ddpm.data.files import publish, write_json
+from hpc_ddpm.data.files import write_json
 from hpc_ddpm.data.pool import Prepare, prepare_pool
 from hpc_ddpm.data.preprocess import Prepared
-from hpc_ddpm.data.shard_writer import create_shard, is_row_intact, mark_missing, open_writer, write_row
+from hpc_ddpm.data.shard_writer import Row, is_row_written, write_row, write_shard
 from hpc_ddpm.data.shards import INDEX, Index, shard_name
 from hpc_ddpm.data.split import split_subjects
 from hpc_ddpm.errors import DataFormatError
@@ -68,10 +69,11 @@ class _Plan:
     def num_shards(self) -> int:
         return -(-len(self.subjects) // self.rows_per_shard)
 
-    def rows(self, shard: int) -> list[tuple[Subject, str]]:
-        """Subject and source fingerprint of each row."""
+    def rows(self, shard: int) -> list[tuple[Subject, Row]]:
+        """Each row of a shard: the subject, and what identifies it and its files."""
         part = slice(shard * self.rows_per_shard, (shard + 1) * self.rows_per_shard)
-        return list(zip(self.subjects[part], self.sources[part], strict=True))
+        pairs = zip(self.subjects[part], self.sources[part], strict=True)
+        return [(subject, (subject.id, source)) for subject, source in pairs]
 
 
 def pack(
@@ -135,8 +137,8 @@ def _fingerprint(subject: Subject) -> str:
 def _is_finished(plan: _Plan, overwrite: bool) -> bool:
     """Whether `out` already holds exactly this; a dataset of something else is refused, or removed."""
     if overwrite:
-        for file in (plan.out / INDEX, *plan.out.glob("shard-*.h5*")):
-            file.unlink(missing_ok=True)
+        (plan.out / INDEX).unlink(missing_ok=True)
+        _remove_shards(plan.out, keep=())
     if not (plan.out / INDEX).exists():
         return False
     advice = "pack into another --out, or replace it with --overwrite"
@@ -165,21 +167,10 @@ def _published_rows(plan: _Plan, shard: int) -> list[bool] | None:
     if not path.exists():
         return None
     with shards.open_reader(path) as file:
-        sources = [source for _, source in plan.rows(shard)]
+        sources = [source for _, (_, source) in plan.rows(shard)]
         if file.attrs["digest"] != plan.digest or file["source"].asstr()[:].tolist() != sources:
             return None
         return [bool(done) for done in file["done"][:]]
-
-
-def _is_resumable(temporary: Path, plan: _Plan) -> bool:
-    """Whether an unfinished shard is of this plan and was not torn by a crash."""
-    if not temporary.exists():
-        return False
-    try:
-        with open_writer(temporary) as file:
-            return bool(file.attrs["digest"] == plan.digest and "done" in file)
-    except (OSError, KeyError):
-        return False
 
 
 # ----------------------------------------------------------------------------------------------- writing
@@ -197,44 +188,37 @@ def _write_shards(plan: _Plan, num_workers: int, skip_bad: bool, progress: Progr
 
     with prepare_pool(plan.config, num_workers) as prepare_all:
         for shard in range(plan.num_shards):
-            final = plan.out / shard_name(shard)
             published = _published_rows(plan, shard)
             if published and all(published):
                 advance(len(published))
                 continue
-            if published:  # subjects were left out: try them again
-                final.replace(_temporary(final))
-            count, failed = _write_shard(plan, shard, prepare_all, advance)
-            if skip_bad or not failed:
-                publish(_temporary(final), final)
+            count, failed = _write_shard(plan, shard, skip_bad, prepare_all, advance)
             num_written += count
             failures += failed
     return num_written, failures
 
 
 def _write_shard(
-    plan: _Plan, shard: int, prepare_all: Prepare, advance: Callable[[int], None]
+    plan: _Plan, shard: int, skip_bad: bool, prepare_all: Prepare, advance: Callable[[int], None]
 ) -> tuple[int, list[str]]:
-    """Write the missing rows of an unfinished shard; how many, and why others cannot be."""
-    temporary, rows = _temporary(plan.out / shard_name(shard)), plan.rows(shard)
-    if not _is_resumable(temporary, plan):
-        create_shard(temporary, [(subject.id, source) for subject, source in rows], plan.config, plan.digest)
+    """Write the missing rows, and the shard if none failed; how many were written, and why others were not."""
+    final = plan.out / shard_name(shard)
+    subjects, rows = zip(*plan.rows(shard), strict=True)
+    files = {i: final.with_suffix(".rows") / f"{i:05d}.h5" for i in range(len(rows))}
+    pending = [i for i, file in files.items() if not is_row_written(file, rows[i], plan.digest)]
     failures = []
-    with open_writer(temporary) as file:
-        pending = [i for i, (subject, source) in enumerate(rows) if not is_row_intact(file, i, subject.id, source)]
-        advance(len(rows) - len(pending))
-        for row, result in zip(pending, prepare_all([rows[i][0] for i in pending]), strict=True):
-            if isinstance(result, Prepared):
-                write_row(file, row, rows[row][1], result, plan.config)
-            else:
-                mark_missing(file, row, rows[row][1])
-                failures.append(result)
-            advance(1)
+    advance(len(rows) - len(pending))
+    for i, result in zip(pending, prepare_all([subjects[i] for i in pending]), strict=True):
+        if isinstance(result, Prepared):
+            write_row(files[i], rows[i], result, plan.config, plan.digest)
+        else:
+            failures.append(result)
+            del files[i]
+        advance(1)
+    if skip_bad or not failures:
+        write_shard(final, rows, files, plan.config, plan.digest)
+        shutil.rmtree(final.with_suffix(".rows"), ignore_errors=True)
     return len(pending) - len(failures), failures
-
-
-def _temporary(final: Path) -> Path:
-    return final.with_name(final.name + ".tmp")
 
 
 # ------------------------------------------------------------------------------------------------- ending
@@ -263,9 +247,16 @@ def _write_index(plan: _Plan, columns: Sequence[dict[str, list[Any]]], failures:
         failures=failures,
     )
     write_json(plan.out / INDEX, index.to_json())
-    for file in plan.out.glob("shard-*.h5*"):
-        if file.name not in names:
-            file.unlink()
+    _remove_shards(plan.out, keep=names)
+
+
+def _remove_shards(out: Path, keep: Sequence[str]) -> None:
+    """What earlier plans and killed runs left."""
+    for path in (*out.glob("shard-*.h5"), *out.glob(".shard-*.tmp"), *out.glob("shard-*.rows")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in keep:
+            path.unlink()
 
 
 def _done_rows(plan: _Plan, columns: Sequence[dict[str, list[Any]]]) -> list[tuple[int, int]]:

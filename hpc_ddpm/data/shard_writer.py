@@ -1,10 +1,14 @@
-"""Writing shards: a row that was written survives a killed process. The schema is in `shards`. C D H W."""
+"""Writing shards. The schema is in `shards`. C D H W.
+
+HDF5 cannot be appended to safely: a kill tears its metadata. So each row is first written as a shard of its own,
+which is complete once it has its name, and a shard is put together from these in one go.
+"""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,26 +19,85 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
+from hpc_ddpm.data.files import atomic_path
 from hpc_ddpm.data.labels import count_labels
 from hpc_ddpm.data.preprocess import Prepared
-from hpc_ddpm.data.shards import FORMAT, INT16_SCALE, VERSION, config_digest, crcs
+from hpc_ddpm.data.shards import FORMAT, INT16_SCALE, VERSION, config_digest, crcs, open_reader
 from hpc_ddpm.errors import DataFormatError
 
 Array = NDArray[Any]
+Row = tuple[str, str]
+"""Subject id and source."""
 
 
-def create_shard(path: Path, rows: Sequence[tuple[str, str]], config: DataConfig, digest: str) -> None:
-    """Create a shard without volumes.
-
-    Every small column is written in full and has a fixed size, so that `write_row` changes its own bytes and
-    the chunk index only: variable-length strings live in a heap that a kill can tear.
+def write_row(path: Path, row: Row, prepared: Prepared, config: DataConfig, digest: str) -> None:
+    """Write one subject as a shard of one row.
 
     Args:
-        path: does not matter yet to readers; publish it when all rows are written.
-        rows: subject and source of each.
+        path: complete when it exists.
+        row: subject and source.
+        prepared: its volumes.
         config: of the dataset.
-        digest: of config and subjects, kept as an attribute to recognise the shard by.
+        digest: of config and subjects, kept as an attribute to recognise the file by.
     """
+    image = encode(prepared.image, config.storage_dtype)
+    values = {
+        "image": image,
+        "mask": prepared.mask,
+        "affine": prepared.affine,
+        "original_affine": prepared.geometry.file_affine,
+        "original_shape": prepared.geometry.original_shape,
+        "intensity": prepared.intensity,
+        "label_voxels": count_labels(prepared.mask, config.labels),
+        "crc32_image": crcs(image),
+        "crc32_mask": zlib.crc32(prepared.mask.data),
+        "done": 1,
+    }
+    with atomic_path(path) as temporary, _create(temporary, [row], config, digest) as file:
+        for name, value in values.items():
+            file[name][0] = value
+
+
+def write_shard(path: Path, rows: Sequence[Row], files: Mapping[int, Path], config: DataConfig, digest: str) -> None:
+    """Put a shard together.
+
+    Args:
+        path: complete when it exists.
+        rows: subject and source of every row.
+        files: from `write_row`, by row; rows without one stay empty (`done` 0).
+        config: of the dataset.
+        digest: as in `write_row`.
+    """
+    with atomic_path(path) as temporary, _create(temporary, rows, config, digest) as shard:
+        for row, source in files.items():
+            with open_reader(source) as file:
+                for name in file.keys() - {"id", "source"}:
+                    shard[name][row] = file[name][0]
+
+
+def is_row_written(path: Path, row: Row, digest: str) -> bool:
+    """Whether `write_row` left this subject, with these files, at `path`, and it decodes to what was written."""
+    try:
+        with open_reader(path) as file:
+            found = file.attrs["digest"], file["id"].asstr()[0], file["source"].asstr()[0]
+            if found != (digest, *row):
+                return False
+            image, mask = file["image"][0], file["mask"][0]
+            return crcs(image) == file["crc32_image"][0].tolist() and zlib.crc32(mask.data) == file["crc32_mask"][0]
+    except (DataFormatError, OSError):
+        return False
+
+
+def encode(image: NDArray[np.float32], storage_dtype: str) -> Array:
+    """[-1, 1] to what is stored: int16 (largest error 1.5e-5) or float32."""
+    if storage_dtype == "float32":
+        return image
+    return np.rint(image * np.float32(INT16_SCALE)).astype(np.int16)
+
+
+@contextmanager
+def _create(path: Path, rows: Sequence[Row], config: DataConfig, digest: str) -> Iterator[h5py.File]:
+    """An empty shard, open for writing."""
     volume, channels, num_rows = config.spatial_shape, config.num_modalities, len(rows)
     with h5py.File(path, "w", libver=("v108", "v110")) as file:
         file.attrs.update(_attributes(config, digest))
@@ -69,6 +132,7 @@ def create_shard(path: Path, rows: Sequence[tuple[str, str]], config: DataConfig
         }
         for name, (shape, dtype) in columns.items():
             file.create_dataset(name, data=np.zeros((num_rows, *shape), dtype))
+        yield file
 
 
 def _attributes(config: DataConfig, digest: str) -> dict[str, Any]:
@@ -83,70 +147,3 @@ def _attributes(config: DataConfig, digest: str) -> dict[str, Any]:
         "config_digest": config_digest(config),
         "digest": digest,
     }
-
-
-@contextmanager
-def open_writer(path: Path) -> Iterator[h5py.File]:
-    """An existing shard, to write rows into; refuses to share it with another writer.
-
-    Raises:
-        DataFormatError: another process writes it.
-        OSError: damaged.
-    """
-    try:
-        file = h5py.File(path, "r+", libver=("v108", "v110"), locking="best-effort")
-    except BlockingIOError:
-        raise DataFormatError(f"{path}: another process is packing into it; wait for it or use another --out") from None
-    with file:
-        yield file
-
-
-def write_row(file: h5py.File, row: int, source: str, prepared: Prepared, config: DataConfig) -> None:
-    """Write one subject; when it returns, the row survives a killed process."""
-    image = encode(prepared.image, config.storage_dtype)
-    file["image"][row] = image
-    file["mask"][row] = prepared.mask
-    geometry = prepared.geometry
-    values = {
-        "source": source,
-        "affine": prepared.affine,
-        "original_affine": geometry.file_affine,
-        "original_shape": geometry.original_shape,
-        "intensity": prepared.intensity,
-        "label_voxels": count_labels(prepared.mask, config.labels),
-        "crc32_image": crcs(image),
-        "crc32_mask": zlib.crc32(prepared.mask.data),
-    }
-    for name, value in values.items():
-        file[name][row] = value
-    file.flush()
-    file["done"][row] = 1
-    file.flush()
-
-
-def mark_missing(file: h5py.File, row: int, source: str) -> None:
-    """Note that the subject of a row, with its files as they are now, is left out."""
-    file["done"][row] = 0
-    file["source"][row] = source
-    file.flush()
-
-
-def encode(image: NDArray[np.float32], storage_dtype: str) -> Array:
-    """[-1, 1] to what is stored: int16 (largest error 1.5e-5) or float32."""
-    if storage_dtype == "float32":
-        return image
-    return np.rint(image * np.float32(INT16_SCALE)).astype(np.int16)
-
-
-def is_row_intact(file: h5py.File, row: int, subject: str, source: str) -> bool:
-    """Whether a row is complete, belongs to this subject and these files, and decodes to what was written."""
-    try:
-        if not file["done"][row] or (file["id"].asstr()[row], file["source"].asstr()[row]) != (
-            subject,
-            source,
-        ):
-            return False
-        image, mask = file["image"][row], file["mask"][row]
-        return crcs(image) == file["crc32_image"][row].tolist() and zlib.crc32(mask.data) == file["crc32_mask"][row]
-    except OSError:
-        return False

@@ -73,7 +73,7 @@ def run_demo(
     packed_dir, run_dir, samples = out / "packed", out / "train", out / "samples"
     stages.run(f"2/5 packing -> {packed_dir}", ["pack", source, "--out", packed_dir, "--config", preset], ranks=1)
     packed = open_packed(packed_dir)
-    train = ["train", "--config", preset, "--data", packed_dir, "--out", run_dir]
+    train: list[str | Path] = ["train", "--config", preset, "--data", packed_dir, "--out", run_dir]
     stages.run(f"3/5 training on {num_ranks} ranks -> {run_dir}", train, ranks=num_ranks)
     has_held_out = bool(packed.subjects("val"))
     masks: list[str | Path] = ["--split", "val"] if has_held_out else ["--masks", source]
