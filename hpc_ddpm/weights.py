@@ -10,6 +10,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,13 +214,15 @@ def _load_tensors_only(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no file {path}; give the .pt file that Med-DDPM's trainer saved")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and could run code when loaded; "
-            "ask its author for a file with only {'step', 'model', 'ema'} state dicts"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols of foreign files
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if "Unsupported global" in str(error):
+            raise CheckpointError(
+                f"{path}: refused, it holds more than tensors and could run code when loaded; "
+                "ask its author for a file with only {'step', 'model', 'ema'} state dicts"
+            ) from error
         raise CheckpointError(f"{path}: not a readable PyTorch file; download or copy it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected {{'step', 'model', 'ema'}}, found a {type(content).__name__}")
@@ -244,8 +247,9 @@ def _check_shapes(state_dict: Mapping[str, Tensor], config: Config, where: Path)
     expected = _expected_shapes(config)
     if found == expected:
         return
-    common = [key for key in expected if key in found and found[key] != expected[key]]
-    key = [*common, *sorted(expected.keys() ^ found.keys())][0]
+    wrong = [key for key in expected if found.get(key) != expected[key]]
+    wrong += [key for key in found if key not in expected]
+    key = next((key for key in wrong if key in found and key in expected), wrong[0])
     raise CheckpointError(
         f"{where} does not fit '{config.name}': {key} is {_shape(found, key)} there, {_shape(expected, key)} "
         f"in the network; {_advice(found, config.name)}"

@@ -115,7 +115,8 @@ def test_load_model_from_each_kind_of_source(published: Path, tmp_path: Path) ->
     models = [load_model(source) for source in sources]
     models.append(hpc_ddpm.load_model(published, preset=str(tmp_path / "small.yaml")))
     for model in models:
-        assert torch.equal(model(*arguments), expected) and not model.training
+        torch.testing.assert_close(model(*arguments), expected, rtol=1e-6, atol=1e-6)
+        assert not model.training
         assert model.config == config
     assert models[2].provenance["source"]["checkpoint"] == "step_00000020"
 
@@ -128,7 +129,7 @@ def test_overrides_change_the_configuration(tmp_path: Path) -> None:
     assert model.config.model_copy(update={"sampling": config.sampling, "model": config.model}) == config
     with pytest.raises(ConfigError, match=r"unknown setting 'model.chanels_last'.*channels_last"):
         load_model(tmp_path / "ours", overrides=["model.chanels_last=true"])
-    with pytest.raises(CheckpointError, match=r"does not fit .* is \[8, .* there, \[16, .*\] in the network"):
+    with pytest.raises(CheckpointError, match=r"does not fit .* is \[32, 8\] there, \[64, 16\] in the network"):
         load_model(tmp_path / "ours", overrides=["model.base_channels=16"])
 
 
@@ -145,7 +146,7 @@ class Malice:
 def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
     _, config = small_network()
     torch.save({"step": 1, "model": Malice(), "ema": {}}, tmp_path / "zip.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malice()))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malice(), protocol=2))
     torch.save({"ema": Malice()}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     for name in ("zip.pt", "plain.pt", "legacy.pt"):
         with pytest.raises(CheckpointError, match=rf"{name}: refused, it holds more than tensors"):
@@ -218,9 +219,9 @@ def test_nothing_is_overwritten_and_nothing_half_written(published: Path, tmp_pa
     save_weights(tmp_path / "ours", network.state_dict(), config, {})
     with pytest.raises(CheckpointError, match="ours exists already"):
         save_weights(tmp_path / "ours", network.state_dict(), config, {})
-    with pytest.raises(CheckpointError, match="model.pt exists already"):
+    with pytest.raises(CheckpointError, match=r"model\.pt exists already"):
         export_med_ddpm(tmp_path / "ours", published)
-    with pytest.raises(CheckpointError, match="time_embed.0.weight is absent there"):
+    with pytest.raises(CheckpointError, match=r"time_embed\.0\.weight is absent there"):
         save_weights(tmp_path / "empty", {}, config, {})
     assert not (tmp_path / "empty").exists() and not list(tmp_path.glob(".*.tmp"))
 

@@ -12,15 +12,20 @@ from typing import Any
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name in the folder of `path`; published on success, removed on an exception."""
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary name in the folder of `path`; renamed to it on success, removed on an exception.
+
+    A killed process leaves the old file or the new one; if `durable`, so does a power cut.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        _fsync(temporary)
+        if durable:
+            _fsync(temporary)
         temporary.replace(path)
-        _fsync(path.parent)
+        if durable:
+            _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

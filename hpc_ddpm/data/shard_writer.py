@@ -34,7 +34,7 @@ def write_row(path: Path, row: Row, prepared: Prepared, config: DataConfig, dige
     """Write one subject as a shard of one row.
 
     Args:
-        path: complete when it exists.
+        path: complete when it exists; after a power cut, `is_row_written` tells.
         row: subject and source.
         prepared: its volumes.
         config: of the dataset.
@@ -53,7 +53,7 @@ def write_row(path: Path, row: Row, prepared: Prepared, config: DataConfig, dige
         "crc32_mask": zlib.crc32(prepared.mask.data),
         "done": 1,
     }
-    with atomic_path(path) as temporary, _create(temporary, [row], config, digest) as file:
+    with atomic_path(path, durable=False) as temporary, _create(temporary, [row], config, digest) as file:
         for name, value in values.items():
             file[name][0] = value
 

@@ -61,7 +61,7 @@ def draw_training(
     seeds = [mix64(seed, index, _NOISE) for index in sample_indices]
     return TrainingDraw(
         timesteps=torch.tensor(timesteps, device=device),
-        noise=sample_noise((len(seeds), *volume_shape), seeds, device),
+        noise=sample_noise(volume_shape, seeds, device),
         keep=torch.tensor(keep, device=device),
     )
 

@@ -74,6 +74,8 @@ class _DeviceStream:
         return torch.randn(shape, generator=self._generator, device=self._generator.device)
 
 
-def sample_noise(shape: Sequence[int], sample_seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """The first draw of each sample's stream: (B, ...) float32, B = len(sample_seeds)."""
-    return NoiseSource(sample_seeds, device)((len(sample_seeds), *shape[1:]))
+def sample_noise(
+    sample_shape: Sequence[int], sample_seeds: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """The first draw of each sample's stream: (B, *sample_shape) float32, B = len(sample_seeds)."""
+    return NoiseSource(sample_seeds, device)((len(sample_seeds), *sample_shape))

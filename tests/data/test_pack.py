@@ -205,7 +205,7 @@ def test_killed_anywhere_it_goes_on(heads: Path, tmp_path: Path, shard_size_gib:
     pack(heads, tmp_path / "straight", config)
     whole_s = time.perf_counter() - begin
     out, rng, kills = tmp_path / "out", random.Random(0), 0
-    for _ in range(15):
+    while kills < 10:
         child = multiprocessing.get_context("fork").Process(target=pack, args=(heads, out, config))
         child.start()
         time.sleep(rng.uniform(0, whole_s))
@@ -215,7 +215,6 @@ def test_killed_anywhere_it_goes_on(heads: Path, tmp_path: Path, shard_size_gib:
         if (out / "index.json").exists():
             assert content(out) == content(tmp_path / "straight")
             shutil.rmtree(out)
-    assert kills > 3
     pack(heads, out, config)
     assert content(out) == content(tmp_path / "straight")
     assert sorted(path.name for path in out.iterdir()) == sorted(p.name for p in (tmp_path / "straight").iterdir())
