@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -156,6 +157,7 @@ def config_show(config: ConfigOption = None, overrides: Overrides = None) -> Non
 
 def main() -> None:
     """Entry point: 0 done, 2 the user's mistake in one line, 130 Ctrl-C; a bug keeps its traceback (1)."""
+    warnings.showwarning = lambda message, *_: print(f"hpc-ddpm: warning: {message}", file=sys.stderr)
     try:
         app()
     except HpcDdpmError as error:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import Config, SamplingConfig
-from hpc_ddpm.data.discover import find_masks
+from hpc_ddpm.data.discover import find_layout, find_masks
 from hpc_ddpm.data.preprocess import prepare_mask
 from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.distributed import Ranks
@@ -39,10 +39,20 @@ def masks_from_files(path: Path, config: Config) -> Masks:
         DataFormatError: nothing found.
     """
 
+    data = config.data.model_copy(update={"layout": _layout(path)})
+
     def loader(file: Path) -> Callable[[], Mask]:
-        return lambda: prepare_mask(file, config.data)[:2]
+        return lambda: prepare_mask(file, data)[:2]
 
     return {mask_id: loader(file) for mask_id, file in find_masks(path)}
+
+
+def _layout(path: Path) -> str:
+    """How the masks are coded follows from where they lie, not from what the model was trained on."""
+    try:
+        return find_layout(path)
+    except DataFormatError:  # a file or a plain folder of masks
+        return "tree"
 
 
 def masks_from_packed(path: str, split: str) -> Masks:
