@@ -51,7 +51,7 @@ class _GroupNormSiLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         y = _normalise(x, weight, bias, ctx.groups, ctx.eps)[0]
-        grad = torch.ops.aten.silu_backward(grad, y)
+        grad = torch.ops.aten.silu_backward.grad_input(grad, y, grad_input=y)  # in y's place: fresh memory is slow
         if not x.is_contiguous():
             return *_channels_last_backward(grad, x, mean, rstd, weight), None, None
         B, C = x.shape[:2]
@@ -88,12 +88,13 @@ def _channels_last_backward(
     C, groups = x.shape[1], mean.shape[1]
     mean_c, rstd_c, weight = _per_channel(mean.float(), C), _per_channel(rstd.float(), C), weight.float()
     sum_grad = _sum_voxels(grad)
-    sum_grad_x_hat = (_sum_voxels(grad * x) - mean_c * sum_grad) * rstd_c
+    product = grad * x
+    sum_grad_x_hat = (_sum_voxels(product) - mean_c * sum_grad) * rstd_c
     count = x[0, 0].numel() * C // groups
     mean_g = _per_channel((weight * sum_grad).unflatten(1, (groups, -1)).sum(2) / count, C)
     mean_g_x_hat = _per_channel((weight * sum_grad_x_hat).unflatten(1, (groups, -1)).sum(2) / count, C)
     slope = -rstd_c.square() * mean_g_x_hat
-    dx = _multiply_add(x, slope, -rstd_c * mean_g - slope * mean_c)
+    dx = _multiply_add(x, slope, -rstd_c * mean_g - slope * mean_c, out=product)
     dx.addcmul_(grad, (rstd_c * weight).to(x.dtype)[..., None, None, None])
     return dx, sum_grad_x_hat.sum(0), sum_grad.sum(0)
 
@@ -103,10 +104,10 @@ def _per_channel(per_group: Tensor, channels: int) -> Tensor:
     return per_group.repeat_interleave(channels // per_group.shape[1], dim=1)
 
 
-def _multiply_add(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _multiply_add(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """x * scale + shift with one (B, C) factor and term per channel, in the dtype of x."""
     shape = (*scale.shape, 1, 1, 1)
-    return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
+    return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape), out=out)
 
 
 def _sum_voxels(x: Tensor) -> Tensor:
