@@ -42,6 +42,8 @@ def progress_bar(title: str, *, show: bool) -> Iterator[Update]:
         if note:
             progress.update(task, note=note)
         progress.update(task, completed=done, total=total)
+        if done >= total:
+            progress.stop()  # what comes next may draw a bar of its own
 
     try:
         yield update
