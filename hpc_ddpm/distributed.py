@@ -6,6 +6,7 @@ in several separate one-rank runs, and mpi4py is imported only where mpirun star
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -183,7 +184,9 @@ def process_group(ranks: Ranks, timeout_min: float = 30.0) -> Iterator[torch.dev
         raise ClusterError(f"rank {ranks.rank} of {ranks.world_size} did not meet the others: {error}") from error
     try:
         yield device
+        dist.barrier()  # nobody leaves while another still talks to it
     finally:
+        gc.collect()  # engines in reference cycles hold communication threads
         if dist.is_initialized():
             dist.destroy_process_group()
         if device.type == "cuda":

@@ -169,11 +169,15 @@ def _facts(run_dir: Path, samples: Path, packed: Packed, config: Config, num_ran
     steps = flatten_config(config)["training.num_steps"]
     versions = package_versions()
     return {
-        "trained on": f"{splits['train']} subjects, {steps} steps of {config.training.global_batch} volumes",
-        "held out": f"{splits['val']} subjects" if splits["val"] else "none (too few subjects)",
+        "trained on": f"{_subjects(splits['train'])}, {steps} steps of {config.training.global_batch} volumes",
+        "held out": _subjects(splits["val"]) if splits["val"] else "none (too few subjects)",
         "volume": "×".join(str(side) for side in config.data.size) + f", {config.data.num_modalities} channel(s)",
         "training": f"{speed:.2f} volumes/s on {num_ranks} ranks, ZeRO-{config.training.zero_stage}",
         "sampling": f"{seconds:.2f} s per volume and rank, {config.sampling.sampler} {config.sampling.num_steps} steps",
         "computed in": f"{records[0]['precision']} on {records[0]['device']}",
         "versions": f"hpc_ddpm {versions['hpc_ddpm']}, torch {versions['torch']}, deepspeed {versions['deepspeed']}",
     }
+
+
+def _subjects(count: int) -> str:
+    return f"{count} subject{'' if count == 1 else 's'}"

@@ -119,6 +119,10 @@ class Engine:
         norm = self._stage0_norm if self.training.zero_stage == 0 else self.deepspeed.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
 
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers."""
+        self.deepspeed.destroy()
+
     def _tensors(self) -> dict[str, list[torch.Tensor]]:
         """All that is saved, by kind, each laid out like the partition's flats."""
         moments = {key: self.partition.state(key) for key in STATE_KEYS}

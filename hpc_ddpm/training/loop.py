@@ -113,6 +113,7 @@ def train(
             if is_last or step % training.checkpoint_every_steps == 0:
                 save()
     log.close()
+    engine.close()
     return TrainResult(step, start, stopped_by if step < training.num_steps else 0)
 
 

@@ -1,4 +1,4 @@
-"""Runs several trainings in one process group: `torchrun … runs.py PLAN.json`; each is {run, overrides}."""
+"""Runs several trainings in one process group: `torchrun … runs.py PLAN.json`; each is {run, overrides, preset}."""
 
 import json
 import sys
@@ -12,4 +12,4 @@ if __name__ == "__main__":
     ranks = detect_ranks()
     with process_group(ranks) as device:
         for job in json.loads(Path(sys.argv[1]).read_text()):
-            train(load_config(None, job["overrides"]).config, Path(job["run"]), ranks, device)
+            train(load_config(job.get("preset"), job["overrides"]).config, Path(job["run"]), ranks, device)

@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from hpc_ddpm.checkpoint import PieceReader, latest_checkpoint, step_dirs
+from hpc_ddpm.config import list_presets, load_config
+from hpc_ddpm.data.pack import pack
+from hpc_ddpm.data.phantom import write_phantoms
 from hpc_ddpm.runlog import read_metrics
 from tests.conftest import TINY, rank_environment
 
@@ -111,8 +114,12 @@ def test_resume_at_another_world_size_and_stage(curves: Path, torchrun: Torchrun
 
 @pytest.mark.slow
 def test_bf16_trains_with_fp32_masters(torchrun: Torchrun, tiny_packed: Path, tmp_path: Path) -> None:
-    jobs = {tmp_path / f"bf16-{stage}": [f"training.zero_stage={stage}", "training.precision=bf16"] for stage in STAGES}
-    jobs[tmp_path / "fp32"] = []
+    gentle = "training.learning_rate=1e-3"  # Adam's first steps are all sign, and bf16 flips signs of small gradients
+    jobs = {
+        tmp_path / f"bf16-{stage}": [f"training.zero_stage={stage}", "training.precision=bf16", gentle]
+        for stage in STAGES
+    }
+    jobs[tmp_path / "fp32"] = [gentle]
     run_all(torchrun, 2, jobs, tiny_packed)
     for stage in STAGES:
         assert losses(tmp_path / f"bf16-{stage}") == pytest.approx(losses(tmp_path / "fp32"), rel=0.03)
@@ -120,6 +127,29 @@ def test_bf16_trains_with_fp32_masters(torchrun: Torchrun, tiny_packed: Path, tm
         assert folder is not None
         weights = PieceReader(folder).full("master")["input_blocks.0.0.weight"]
         assert (weights != weights.bfloat16().float()).any(), "the masters were rounded to bf16"
+
+
+@pytest.mark.slow
+def test_every_preset_packs_and_trains(torchrun: Torchrun, tmp_path: Path) -> None:
+    """Other organs, label counts, modalities and proportions: each preset, with a narrow network on a small grid."""
+    jobs = []
+    for preset in list_presets():
+        wide = load_config(preset).config
+        factor = wide.model.downsampling_factor
+        size = [max(factor, round(side / 6 / factor) * factor) for side in wide.data.size]
+        small = [f"data.size={size}", "data.fit=resize", "data.num_workers=0", "data.val_fraction=0"]
+        small += ["model.base_channels=8", "model.num_groups=8", "model.head_channels=null", "training.num_steps=1"]
+        config = load_config(preset, small).config
+        folder = tmp_path / preset
+        write_phantoms(folder / "source", 2, config.data.size, 0, config.data.modalities, config.data.labels)
+        pack(folder / "source", folder / "packed", config.data)
+        overrides = [*small, f"data.path={folder / 'packed'}", f"training.global_batch={wide.training.global_batch}"]
+        jobs.append({"run": str(folder / "run"), "preset": preset, "overrides": overrides})
+    (tmp_path / "plan.json").write_text(json.dumps(jobs))
+    done = torchrun(2, RUNS, tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for preset in list_presets():
+        assert len(losses(tmp_path / preset / "run")) == 1, preset
 
 
 @pytest.mark.slow
