@@ -218,7 +218,7 @@ def _load_tensors_only(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols of foreign files
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if "Unsupported global" in str(error):
+        if "unsupported global" in str(error).lower():
             raise CheckpointError(
                 f"{path}: refused, it holds more than tensors and could run code when loaded; "
                 "ask its author for a file with only {'step', 'model', 'ema'} state dicts"

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,19 @@ class Malice:
         return exec, ("raise SystemExit('code ran')",)
 
 
-def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
+class Shell:
+    """Runs a command on unpickling; PyTorch words its refusal of some modules differently."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize("evil", [Malice(), Shell()])
+def test_a_pickle_with_code_is_refused(tmp_path: Path, evil: object) -> None:
     _, config = small_network()
-    torch.save({"step": 1, "model": Malice(), "ema": {}}, tmp_path / "zip.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malice(), protocol=2))
-    torch.save({"ema": Malice()}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save({"step": 1, "model": evil, "ema": {}}, tmp_path / "zip.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(evil, protocol=2))
+    torch.save({"ema": evil}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     for name in ("zip.pt", "plain.pt", "legacy.pt"):
         with pytest.raises(CheckpointError, match=rf"{name}: refused, it holds more than tensors"):
             import_med_ddpm(tmp_path / name, config)
