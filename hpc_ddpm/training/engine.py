@@ -89,7 +89,7 @@ class Engine:
         deepspeed = import_deepspeed(device)
         kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
         parameters = [param for param in network.parameters() if param.requires_grad]
-        # lr 0: DeepSpeed may take a step of its own to create the state, which must not move anything
+        # lr 0: should DeepSpeed take a step of its own to create the state, it must not move anything
         optimizer = kind(parameters, lr=0.0, betas=training.betas, weight_decay=training.weight_decay)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

@@ -65,7 +65,7 @@ class Partition:
         return [self.optimizer.state[flat][key] for flat in self.flats]
 
     def reset_state(self, step: int = 0) -> None:
-        """Zero moments and a step count, at every stage the same (DeepSpeed starts some at 0 and some at 1)."""
+        """Zero moments and this step count, whatever DeepSpeed's initialisation left behind."""
         for flat in self.flats:
             fresh = {"step": torch.tensor(float(step), device=flat.device)}
             self.optimizer.state[flat] = fresh | {key: torch.zeros_like(flat.detach()) for key in STATE_KEYS}
