@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from hpc_ddpm.errors import ConfigError, HpcDdpmError
+from launch.data_commands import data_app
+from launch.options import ConfigOption, Overrides, Quiet
 
 app = typer.Typer(
     name="hpc-ddpm",
@@ -24,16 +26,9 @@ weights_app = typer.Typer(help="Med-DDPM checkpoints in and out.", no_args_is_he
 config_app = typer.Typer(help="Look at settings and presets.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights", rich_help_panel="Tools")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
+app.add_typer(data_app, name="data", rich_help_panel="Tools")
 
 STAGES, START = "Stages (each alone, under torchrun, mpirun or srun)", "Start here"
-ConfigOption = Annotated[
-    str | None, typer.Option("--config", "-c", help="Preset name or YAML file; `config ls` lists presets.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that win over the file."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
 @app.command(rich_help_panel=START)
@@ -56,15 +51,21 @@ def pack(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the packed dataset.")],
     config: ConfigOption = None,
     overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default all cores, or 1 per rank where ranks share a node.")
+    ] = None,
     skip_bad: Annotated[bool, typer.Option(help="Leave out subjects that cannot be read or do not fit.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a dataset packed with other settings.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a dataset of other settings, or of subjects that changed or are gone.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Pack NIfTI pairs into HDF5 shards."""
+    """Pack NIfTI pairs into HDF5 shards. Run it again to go on, or to add new subjects."""
     from hpc_ddpm.config import load_config
     from launch.stages import pack_stage
 
-    pack_stage(source, out, load_config(config, overrides or []).config, skip_bad, overwrite, show_progress=not quiet)
+    settings = load_config(config, overrides or []).config
+    raise typer.Exit(pack_stage(source, out, settings, workers, skip_bad, overwrite, show_progress=not quiet))
 
 
 @app.command(rich_help_panel=STAGES)

@@ -48,7 +48,8 @@ def progress_bar(title: str, *, show: bool) -> Iterator[Update]:
     try:
         yield update
     finally:
-        progress.stop()
+        if progress.live.is_started:  # stopping a bar that never was prints an empty line
+            progress.stop()
 
 
 def training_note(values: Mapping[str, float]) -> str:

@@ -7,12 +7,16 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc_ddpm.config import Config, config_from_dict, flatten_config, load_config
 from hpc_ddpm.distributed import Ranks, detect_ranks, local_device, process_group, resolve_precision
-from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.runlog import provenance, write_json_atomic
 from launch.progress import progress_bar, training_note
+
+if TYPE_CHECKING:
+    from hpc_ddpm.data.pack import PackReport
 
 MAY_CHANGE = {
     "name",
@@ -32,22 +36,53 @@ MAY_CHANGE = {
 """Settings that a resumed run may change; sampling.* too. All others would make it another experiment."""
 
 
-def pack_stage(source: Path, out: Path, config: Config, skip_bad: bool, overwrite: bool, show_progress: bool) -> None:
-    """`hpc-ddpm pack`."""
-    from hpc_ddpm.data.pack import pack
+def pack_stage(
+    source: Path,
+    out: Path,
+    config: Config,
+    num_workers: int | None,
+    skip_bad: bool,
+    overwrite: bool,
+    show_progress: bool,
+) -> int:
+    """`hpc-ddpm pack`; returns the exit code: what is wrong with the data is the same on all ranks, and rank 0 says it.
 
-    with progress_bar("packing", show=show_progress) as update:
-        report = pack(
-            source,
-            out,
-            config.data,
-            skip_bad=skip_bad,
-            overwrite=overwrite,
-            progress=lambda done, total: update(done, total, ""),
-        )
+    The ranks, or the tasks of an array, share the work through the folder `out`.
+    """
+    from hpc_ddpm.data.pack import pack
+    from hpc_ddpm.data.team import default_workers, detect_team, wait_for_all
+
+    ranks = detect_ranks()
+    try:
+        with progress_bar("packing", show=show_progress and ranks.is_main) as update:
+            report = pack(
+                source,
+                out,
+                config.data,
+                num_workers=default_workers(ranks) if num_workers is None else num_workers,
+                skip_bad=skip_bad,
+                overwrite=overwrite,
+                progress=lambda done, total: update(done, total, ""),
+                team=detect_team(ranks),
+            )
+    except DataFormatError:
+        if ranks.is_main:
+            raise
+        wait_for_all(ranks)
+        return 2
+    wait_for_all(ranks)
+    if ranks.is_main:
+        _tell_packed(report, ranks)
+    return 0
+
+
+def _tell_packed(report: PackReport, ranks: Ranks) -> None:
+    if not report.is_complete:
+        print(f"packed {report.num_written} subjects; other tasks of the array finish the rest: {report.path}")
+        return
     splits = ", ".join(f"{count} {name}" for name, count in report.splits.items())
-    there = "" if report.num_written else " (all were there)"
-    print(f"packed {report.num_subjects} subjects{there}: {splits}; {out}")
+    there = "" if report.num_written or ranks.world_size > 1 else " (all were there)"
+    print(f"packed {report.num_subjects} subjects{there}: {splits}; {report.path}")
     for line in [f"not paired: {entry}" for entry in report.unmatched] + [
         f"left out: {line}" for line in report.failures
     ]:

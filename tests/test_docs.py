@@ -33,6 +33,9 @@ def test_links_lead_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_exist(document: Path) -> None:
     blocks = re.findall(r"```\n(.*?)```", document.read_text(), re.DOTALL)
-    for words in re.findall(r"(?:hpc-ddpm|launch\.cli) +([a-z]+)(?: +(ls|show|import|export)\b)?", "\n".join(blocks)):
+    for words in re.findall(
+        r"(?:hpc-ddpm|launch\.cli) +([a-z]+)(?: +(ls|show|import|export|check|verify|stats|split)\b)?",
+        "\n".join(blocks),
+    ):
         command = [word for word in words if word]
         assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0, command

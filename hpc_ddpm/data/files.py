@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -10,15 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hpc_ddpm.errors import ClusterError
+
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
 
 @contextmanager
-def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A temporary name in the folder of `path`; renamed to it on success, removed on an exception.
+def atomic_path(path: Path, *, durable: bool = True, scratch: Path | None = None) -> Iterator[Path]:
+    """A temporary name in `scratch` or beside `path`; renamed to it on success, removed on an exception.
 
     A killed process leaves the old file or the new one; if `durable`, so does a power cut.
+    `scratch` is a folder on the same file system, for callers who remove what killed processes leave.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    folder = scratch or path.parent
+    for parent in (folder, path.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         yield temporary
         if durable:
@@ -30,10 +38,30 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True, scratch: Path | None = None) -> None:
     """Atomically write `value` as JSON; the order of keys is kept."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=durable, scratch=scratch) as temporary:
         temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn a full disk, a quota or a read-only folder into one line.
+
+    Raises:
+        ClusterError: the system refused to write in `folder`.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = Path(error.filename or folder).absolute()
+        is_ours = place.is_relative_to(folder.absolute()) or folder.absolute().is_relative_to(place)
+        if error.errno not in CANNOT_WRITE or not is_ours:
+            raise
+        raise ClusterError(
+            f"{folder}: cannot write here ({error.strerror}); make room or choose another --out, then run the same "
+            "command again: what is finished is kept"
+        ) from None
 
 
 def _fsync(path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import LabelsConfig
 from hpc_ddpm.errors import DataFormatError
+
+if TYPE_CHECKING:
+    import torch
 
 BRATS_ENHANCING_ON_DISK, BRATS_ENHANCING, BRATS_BRAIN = 4, 3, 4
 OUTER_NAMES = ("head", "brain")
@@ -104,18 +106,21 @@ def count_labels(mask: NDArray[np.uint8], labels: LabelsConfig) -> NDArray[np.in
     return np.bincount(mask.ravel(), minlength=256)[list(labels.names)].astype(np.int64)
 
 
-def one_hot(mask: torch.Tensor, labels: LabelsConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def one_hot(mask: torch.Tensor, labels: LabelsConfig, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Integer labels to condition channels, on the device of the mask.
 
     Args:
         mask: (B, D, H, W) uint8.
         labels: one channel per entry of `names`, in that order; `off_value` outside, `on_value` inside.
-        dtype: of the result.
+        dtype: of the result; None is float32.
 
     Returns:
         (B, K, D, H, W).
     """
-    channels = torch.empty(mask.shape[0], len(labels.names), *mask.shape[1:], dtype=dtype, device=mask.device)
+    import torch  # here, as packing does without
+
+    shape = mask.shape[0], len(labels.names), *mask.shape[1:]
+    channels = torch.empty(shape, dtype=dtype or torch.float32, device=mask.device)
     for channel, label in enumerate(labels.names):
         channels[:, channel] = mask == label
     if (labels.off_value, labels.on_value) != (0.0, 1.0):

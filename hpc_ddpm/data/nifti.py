@@ -41,6 +41,18 @@ class Volume:
     file_affine: Affine
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says besides its voxels."""
+
+    shape: tuple[int, ...]
+    """As stored, X Y Z first."""
+    is_scaled: bool
+    """Whether its numbers are to be multiplied by a slope or added to."""
+    has_affine: bool
+    """Whether it says where its voxels lie; else its orientation is a guess."""
+
+
 def is_nifti(path: Path) -> bool:
     """Whether the name ends in .nii, .nii.gz or .mgz, in lower or upper case."""
     return path.name.endswith(SUFFIXES)
@@ -82,6 +94,40 @@ def read_nifti(
     transform = _transform(affine, orientation, path)
     oriented = apply_orientation(data, transform)
     return Volume(np.ascontiguousarray(oriented.T), affine @ inv_ornt_aff(transform, file_shape), file_shape, affine)
+
+
+def read_header(path: str | Path) -> Header:
+    """Read what `Header` holds; the voxels are not looked at.
+
+    Raises:
+        DataFormatError: missing or damaged; names the file.
+    """
+    image = _open(Path(path))
+    slope, offset = getattr(image.dataobj, "slope", 1.0), getattr(image.dataobj, "inter", 0.0)
+    codes = [int(image.header.get(name, 1)) for name in ("sform_code", "qform_code")]
+    return Header(tuple(image.shape), (float(slope), float(offset)) != (1.0, 0.0), any(codes))
+
+
+def axis_codes(affine: Affine) -> str:
+    """Where the X, Y and Z voxel axes point, such as RAS or LPS."""
+    return "".join(nib.aff2axcodes(affine))
+
+
+def voxel_size_mm(affine: Affine) -> tuple[float, float, float]:
+    """(x, y, z), rounded to 1e-4 mm: what headers hold is not exact."""
+    x, y, z = np.round(np.linalg.norm(affine[:3, :3], axis=0), 4).tolist()
+    return x, y, z
+
+
+def turn_to_ras(volume: NDArray[Any], affine: Affine) -> NDArray[Any]:
+    """(D, H, W) of this affine with X, Y, Z pointing right, anterior, superior; a view, axes move and flip."""
+    return apply_orientation(volume.T, io_orientation(affine)).T
+
+
+def ras_voxel_size_mm(affine: Affine) -> tuple[float, float, float]:
+    """`voxel_size_mm` after `turn_to_ras`."""
+    x, y, z = np.array(voxel_size_mm(affine))[np.argsort(io_orientation(affine)[:, 0])].tolist()
+    return x, y, z
 
 
 def oriented_grid(shape: Shape3, affine: Affine, orientation: str) -> tuple[Shape3, Affine]:
@@ -151,24 +197,36 @@ def _disk_dtype(volume: NDArray[Any], dtype: DTypeLike | None) -> np.dtype[Any]:
 
 def _load(path: Path, dtype: DTypeLike | None) -> tuple[NDArray[Any], Affine]:
     """The array in the order of the file, and its affine."""
-    if not path.is_file():
-        raise DataFormatError(f"{path}: no such file; check the path")
-    if not is_nifti(path):
-        raise DataFormatError(f"{path}: not a NIfTI name; expected one ending in .nii, .nii.gz or .mgz")
+    image = _open(path)
     try:
-        image: Any = nib.load(path)
         if path.name.lower().endswith((".gz", ".mgz")):  # at once: a lazy reader never gets to the checksum
             image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
         data = np.asanyarray(image.dataobj)
     except _UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataFormatError(f"{path}: damaged or not a NIfTI file ({reason}); copy it again") from None
+        raise _damaged(path, error) from None
     if data.dtype.kind not in "biuf":
         raise DataFormatError(f"{path}: voxels of type {data.dtype} found, numbers expected; convert the file")
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise DataFormatError(f"{path}: its affine is singular {affine[:3].tolist()}; repair the header")
     return data.astype(dtype, copy=False) if dtype is not None else data, affine
+
+
+def _open(path: Path) -> Any:
+    """Nibabel's image, its voxels not read."""
+    if not path.is_file():
+        raise DataFormatError(f"{path}: no such file; check the path")
+    if not is_nifti(path):
+        raise DataFormatError(f"{path}: not a NIfTI name; expected one ending in .nii, .nii.gz or .mgz")
+    try:
+        return nib.load(path)
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> DataFormatError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataFormatError(f"{path}: damaged or not a NIfTI file ({reason}); copy it again")
 
 
 def _transform(affine: Affine, orientation: str, path: Path | None = None) -> NDArray[Any]:

@@ -1,35 +1,36 @@
-"""Pack a source of NIfTI pairs into HDF5 shards: finished subjects are never read again, whatever is killed.
+"""Pack a source of NIfTI pairs into HDF5 shards, on any number of processes: finished subjects are not read again.
 
-Rows of a shard are fixed by the sorted subject ids. Each is written to shard-NNNNN.rows/ first; the complete
-ones become shard-NNNNN.h5, and index.json comes last and makes the folder a packed dataset.
+The processes know each other by the folder alone: start the same command as often and wherever you like. Which
+row of which shard a subject gets does not depend on them. index.json comes last and makes the folder a packed
+dataset; packing a source that has grown adds shards to it.
 """
 
 from __future__ import annotations
 
-import math
+import secrets
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data import shards
-from hpc_ddpm.data.discover import Discovery, Subject, Unmatched, discover
-from hpc_ddpm.data.files import write_json
-from hpc_ddpm.data.pool import Prepare, prepare_pool
-from hpc_ddpm.data.preprocess import Prepared
-from hpc_ddpm.data.shard_writer import Row, is_row_written, write_row, write_shard
-from hpc_ddpm.data.shards import INDEX, Index, shard_name
+from hpc_ddpm.data.claims import Writer
+from hpc_ddpm.data.discover import Discovery, Unmatched, discover
+from hpc_ddpm.data.files import writing_to
+from hpc_ddpm.data.plan import Row, build_plan, build_rows, digest_of
+from hpc_ddpm.data.pool import Progress, run_shares
+from hpc_ddpm.data.shards import INDEX, SPLITS, Index, ShardEntry, open_reader, read_index, write_index
+from hpc_ddpm.data.share import FIRST_WAIT_S, STATE, Job
 from hpc_ddpm.data.split import split_subjects
-from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.data.team import Team
+from hpc_ddpm.errors import ClusterError, DataFormatError
 
 MAX_LISTED = 20
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class PackReport:
     layout: str
     num_written: int
     """Subjects that this call read and wrote; 0 when all was there."""
+    is_complete: bool
+    """False for the task of an array that left the end to others; then it says nothing of the dataset."""
     splits: dict[str, int]
     """Subjects per split."""
     unmatched: tuple[Unmatched, ...]
@@ -54,28 +57,6 @@ class PackReport:
         return sum(self.splits.values())
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that is decided before the first volume is read."""
-
-    out: Path
-    config: DataConfig
-    subjects: tuple[Subject, ...]
-    sources: tuple[str, ...]
-    digest: str
-    rows_per_shard: int
-
-    @property
-    def num_shards(self) -> int:
-        return -(-len(self.subjects) // self.rows_per_shard)
-
-    def rows(self, shard: int) -> list[tuple[Subject, Row]]:
-        """Each row of a shard: the subject, and what identifies it and its files."""
-        part = slice(shard * self.rows_per_shard, (shard + 1) * self.rows_per_shard)
-        pairs = zip(self.subjects[part], self.sources[part], strict=True)
-        return [(subject, (subject.id, source)) for subject, source in pairs]
-
-
 def pack(
     source: str | Path,
     out: str | Path,
@@ -85,217 +66,149 @@ def pack(
     skip_bad: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> PackReport:
     """Pack the subjects of `source` into the folder `out`; the same call goes on after a kill.
 
     Args:
         source: a folder or table, see `discover`.
-        out: created where missing.
+        out: created where missing; where it holds a packed dataset of these settings, new subjects are added.
         config: what to pack and how; its `path` is not used.
-        num_workers: processes that read and prepare; below 2, this one does.
+        num_workers: processes that read and write; below 2, this one does.
         skip_bad: leave subjects out that cannot be prepared, instead of refusing all.
-        overwrite: replace a packed dataset of another configuration or other sources.
+        overwrite: replace a packed dataset of another configuration, or of subjects that changed or are gone.
         progress: called with (finished subjects, all subjects).
+        team: others that were started with the same arguments; None is none.
 
     Raises:
         DataFormatError: nothing to pack, bad subjects (all of them, by file), or another dataset in `out`.
+        ClusterError: `out` cannot be written, is being packed with something else, or a worker was killed.
     """
-    found = discover(source, config)
+    found, out = discover(source, config), Path(out)
     config = config.model_copy(update={"layout": found.layout, "path": ""})
-    plan = _build_plan(Path(out), config, found.subjects)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    if _is_finished(plan, overwrite):
-        num_written, failures = 0, shards.read_index(plan.out).failures
-    else:
-        num_written, failures = _write_shards(plan, num_workers, skip_bad, progress or (lambda done, total: None))
-    if failures and (not skip_bad or len(failures) == len(plan.subjects)):
-        raise DataFormatError(_list_failures(failures, len(plan.subjects)))
-    columns = [_read_columns(plan, shard) for shard in range(plan.num_shards)]
-    if num_written or not (plan.out / INDEX).exists():
-        _write_index(plan, columns, failures)
-    return _report(plan, found, num_written, columns, tuple(failures))
+    rows, num_written, is_complete = build_rows(config, found.subjects), 0, True
+    if overwrite or not _is_finished(out, config, rows):
+        purpose = digest_of([*(row.key for row in rows), str(skip_bad)])
+        with writing_to(out), _join(out, purpose) as writer:
+            plan = build_plan(out, config, rows, overwrite)
+            team = team or Team(run=secrets.token_hex(6))
+            job = Job(out, plan, purpose, team.run, skip_bad, team.stays)
+            if plan.shards:
+                num_written = run_shares(job, writer, num_workers, team.index, team.size, progress or (lambda *_: None))
+                is_complete = _publish(job, writer)
+            if is_complete and writer.leave():
+                _clear_away(out)
+    return _report(out, config, found, num_written, is_complete, skip_bad)
 
 
-def _build_plan(out: Path, config: DataConfig, subjects: tuple[Subject, ...]) -> _Plan:
-    lines = [shards.config_digest(config), *(f"{subject.id}\t{subject.split or ''}" for subject in subjects)]
-    itemsize = np.dtype(config.storage_dtype).itemsize
-    bytes_per_subject = math.prod(config.size) * (itemsize * config.num_modalities + 1)
-    rows = max(1, int(config.shard_size_gib * 2**30 / bytes_per_subject))
-    sources = tuple(_fingerprint(subject) for subject in subjects)
-    return _Plan(out, config, subjects, sources, sha256("\n".join(lines).encode()).hexdigest()[:12], rows)
+def _is_finished(out: Path, config: DataConfig, rows: Sequence[Row]) -> bool:
+    """Whether `out` holds exactly this, and nothing is left to clear away; needs no right to write there."""
+    is_clean = (out / INDEX).exists() and not (out / STATE).exists()
+    return is_clean and not build_plan(out, config, rows, overwrite=False).shards
 
 
-def _fingerprint(subject: Subject) -> str:
-    """Hash of size and modification time of each file: whether it changed since it was packed."""
-    stats = [path.stat() for path in (subject.mask, *subject.images.values())]
-    return sha256(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()).hexdigest()[:16]
+@contextmanager
+def _join(out: Path, purpose: str) -> Iterator[Writer]:
+    """This process among the writers.
 
-
-# ------------------------------------------------------------------------------------------ what is there
-
-
-def _is_finished(plan: _Plan, overwrite: bool) -> bool:
-    """Whether `out` already holds exactly this; a dataset of something else is refused, or removed."""
-    if overwrite:
-        (plan.out / INDEX).unlink(missing_ok=True)
-        _remove_shards(plan.out, keep=())
-    if not (plan.out / INDEX).exists():
-        return False
-    advice = "pack into another --out, or replace it with --overwrite"
-    try:
-        index = shards.read_index(plan.out)
-    except DataFormatError as error:
-        raise DataFormatError(f"{error} ({advice})") from None
-    if index.digest != plan.digest:
-        raise DataFormatError(f"{plan.out}: holds a dataset with other {_differences(plan, index)}; {advice}")
-    there = [(plan.out / shard_name(shard)).exists() for shard in range(plan.num_shards)]
-    changed = [i for i, exists in enumerate(there) if exists and _published_rows(plan, i) is None]
-    if changed:
-        raise DataFormatError(f"{plan.out}: files of {shard_name(changed[0])} changed since it was packed; {advice}")
-    return all(there)
-
-
-def _differences(plan: _Plan, index: Index) -> str:
-    wanted = plan.config.model_dump(mode="json")
-    settings = [f"data.{key}" for key, value in index.data.items() if wanted.get(key) != value]
-    return f"settings ({', '.join(settings)})" if settings else "subjects or splits"
-
-
-def _published_rows(plan: _Plan, shard: int) -> list[bool] | None:
-    """Which rows of a published shard are complete; None if it is of another plan or its files changed."""
-    path = plan.out / shard_name(shard)
-    if not path.exists():
-        return None
-    with shards.open_reader(path) as file:
-        sources = [source for _, (_, source) in plan.rows(shard)]
-        if file.attrs["digest"] != plan.digest or file["source"].asstr()[:].tolist() != sources:
-            return None
-        return [bool(done) for done in file["done"][:]]
-
-
-# ----------------------------------------------------------------------------------------------- writing
-
-
-def _write_shards(plan: _Plan, num_workers: int, skip_bad: bool, progress: Progress) -> tuple[int, list[str]]:
-    """Every shard that is not finished, in order; the number of subjects written, and why others were not."""
-    num_done = num_written = 0
-    failures: list[str] = []
-
-    def advance(count: int) -> None:
-        nonlocal num_done
-        num_done += count
-        progress(num_done, len(plan.subjects))
-
-    with prepare_pool(plan.config, num_workers) as prepare_all:
-        for shard in range(plan.num_shards):
-            published = _published_rows(plan, shard)
-            if published and all(published):
-                advance(len(published))
-                continue
-            count, failed = _write_shard(plan, shard, skip_bad, prepare_all, advance)
-            num_written += count
-            failures += failed
-    return num_written, failures
-
-
-def _write_shard(
-    plan: _Plan, shard: int, skip_bad: bool, prepare_all: Prepare, advance: Callable[[int], None]
-) -> tuple[int, list[str]]:
-    """Write the missing rows, and the shard if none failed; how many were written, and why others were not."""
-    final = plan.out / shard_name(shard)
-    subjects, rows = zip(*plan.rows(shard), strict=True)
-    files = {i: final.with_suffix(".rows") / f"{i:05d}.h5" for i in range(len(rows))}
-    pending = [i for i, file in files.items() if not is_row_written(file, rows[i], plan.digest)]
-    failures = []
-    advance(len(rows) - len(pending))
-    for i, result in zip(pending, prepare_all([subjects[i] for i in pending]), strict=True):
-        if isinstance(result, Prepared):
-            write_row(files[i], rows[i], result, plan.config, plan.digest)
-        else:
-            failures.append(result)
-            del files[i]
-        advance(1)
-    if skip_bad or not failures:
-        write_shard(final, rows, files, plan.config, plan.digest)
-        shutil.rmtree(final.with_suffix(".rows"), ignore_errors=True)
-    return len(pending) - len(failures), failures
+    Raises:
+        ClusterError: others are at work with another purpose.
+    """
+    with Writer(out / STATE, purpose) as writer:
+        strangers = [owner for owner in writer.others() if owner.purpose != purpose]
+        if strangers:
+            raise ClusterError(
+                f"{out}: {strangers[0]} is packing other subjects, files or settings into it; wait for it, end it, "
+                "or choose another --out"
+            )
+        yield writer
 
 
 # ------------------------------------------------------------------------------------------------- ending
 
 
-def _read_columns(plan: _Plan, shard: int) -> dict[str, list[Any]]:
-    """The small columns of a published shard that the index and the report are made of."""
-    with shards.open_reader(plan.out / shard_name(shard)) as file:
-        return {name: file[name][:].tolist() for name in ("done", "crc32_image", "crc32_mask", "label_voxels")}
+def _publish(job: Job, writer: Writer) -> bool:
+    """Write the index, which publishes the dataset, if all shards are there; whether they are.
+
+    Raises:
+        DataFormatError: subjects that cannot be packed.
+    """
+    found = job.look()
+    if not all(job.is_settled(shard, found) for shard in job.plan.shards):
+        return False
+    errors = [why for shard in job.plan.shards for why in job.errors(shard, found).values()]
+    if errors and (not job.skip_bad or len(errors) == job.plan.num_subjects):
+        _forget_errors(job, writer)
+        raise _refusal(errors, job.plan.num_subjects)
+    entries, data = _entries(job), job.plan.config.model_dump(mode="json")
+    while not (job.out / INDEX).exists() or read_index(job.out).shards != entries:
+        with writer.claim(INDEX) as is_ours:
+            if is_ours:
+                write_index(job.out, data, entries, writer.scratch)
+        time.sleep(0 if is_ours else FIRST_WAIT_S)
+    return True
 
 
-def _write_index(plan: _Plan, columns: Sequence[dict[str, list[Any]]], failures: list[str]) -> None:
-    """index.json, which publishes the dataset; then shards of an earlier plan go."""
-    rows = _done_rows(plan, columns)
-    names = [shard_name(shard) for shard in range(plan.num_shards)]
-    index = Index(
-        data=plan.config.model_dump(mode="json"),
-        digest=plan.digest,
-        shards=[_describe(plan.out / name) for name in names],
-        id=[plan.rows(shard)[row][0].id for shard, row in rows],
-        shard=[shard for shard, _ in rows],
-        row=[row for _, row in rows],
-        split=_splits(plan, rows),
-        crc32_image=[columns[shard]["crc32_image"][row] for shard, row in rows],
-        crc32_mask=[columns[shard]["crc32_mask"][row] for shard, row in rows],
-        failures=failures,
-    )
-    write_json(plan.out / INDEX, index.to_json())
-    _remove_shards(plan.out, keep=names)
+def _forget_errors(job: Job, writer: Writer) -> None:
+    """Let the next run try bad subjects again that an earlier skip_bad left out, unless others still look."""
+    if not writer.others():
+        for shard in job.plan.shards:
+            if job.entry_path(shard).exists() and job.entry(shard)["left_out"]:
+                job.entry_path(shard).unlink()
 
 
-def _remove_shards(out: Path, keep: Sequence[str]) -> None:
-    """What earlier plans and killed runs left."""
-    for path in (*out.glob("shard-*.h5"), *out.glob(".shard-*.tmp"), *out.glob("shard-*.rows")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in keep:
-            path.unlink()
+def _entries(job: Job) -> list[ShardEntry]:
+    """Of all shards, with the splits of those that are new."""
+    new = {shard.number: job.entry(shard) for shard in job.plan.shards}
+    done = [
+        (shard.number, number, row.subject)
+        for shard in job.plan.shards
+        for number, row in enumerate(shard.rows)
+        if str(number) not in new[shard.number]["left_out"]
+    ]
+    splits = split_subjects([subject for _, _, subject in done], job.plan.config.val_fraction, job.plan.splits)
+    for (shard, number, _), split in zip(done, splits, strict=True):
+        if split != "train":
+            (new[shard]["val"] if split == "val" else new[shard]["test"]).append(number)
+    entries = {**job.plan.kept, **new}
+    return [entries[number] for number in sorted(entries)]
 
 
-def _done_rows(plan: _Plan, columns: Sequence[dict[str, list[Any]]]) -> list[tuple[int, int]]:
-    """(shard, row) of every subject in the dataset."""
-    rows = [(shard, row) for shard, column in enumerate(columns) for row, done in enumerate(column["done"]) if done]
-    return rows
-
-
-def _splits(plan: _Plan, rows: Sequence[tuple[int, int]]) -> list[str]:
-    return split_subjects([plan.rows(shard)[row][0] for shard, row in rows], plan.config.val_fraction)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {
-            "file": path.name,
-            "size_bytes": path.stat().st_size,
-            "sha256": file_digest(file, "sha256").hexdigest(),
-        }
+def _clear_away(out: Path) -> None:
+    """What packing needed, and shards of an earlier plan."""
+    kept = {entry["file"] for entry in read_index(out).shards}
+    for path in out.glob("shard-*.h5"):
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(out / STATE, ignore_errors=True)
 
 
 def _report(
-    plan: _Plan,
-    found: Discovery,
-    num_written: int,
-    columns: Sequence[dict[str, list[Any]]],
-    failures: tuple[str, ...],
+    out: Path, config: DataConfig, found: Discovery, num_written: int, is_complete: bool, skip_bad: bool
 ) -> PackReport:
-    rows = _done_rows(plan, columns)
-    totals = [sum(voxels) for voxels in zip(*(columns[s]["label_voxels"][r] for s, r in rows), strict=True)]
-    absent = [name for name, total in zip(plan.config.labels.names.values(), totals, strict=True) if not total]
-    splits = dict(Counter(_splits(plan, rows)))
-    return PackReport(plan.out, found.layout, num_written, splits, found.unmatched, failures, tuple(absent))
+    if not is_complete:
+        return PackReport(out, found.layout, num_written, False, {}, found.unmatched, (), ())
+    index, wanted = read_index(out), {subject.id for subject in found.subjects}
+    failures = tuple(why for subject, why in index.left_out.items() if subject in wanted)
+    if failures and not skip_bad:
+        raise _refusal(failures, len(wanted))
+    splits = {SPLITS[code]: count for code, count in sorted(Counter(index.split.tolist()).items())}
+    absent = _labels_never_found(out, config, index)
+    return PackReport(out, found.layout, num_written, True, splits, found.unmatched, failures, absent)
 
 
-def _list_failures(failures: Sequence[str], num_subjects: int) -> str:
+def _labels_never_found(out: Path, config: DataConfig, index: Index) -> tuple[str, ...]:
+    total = np.zeros(config.num_labels, np.int64)
+    for entry in index.shards:
+        with open_reader(out / entry["file"]) as file:
+            total += file["label_voxels"][:].sum(axis=0)
+    return tuple(name for name, voxels in zip(config.labels.names.values(), total, strict=True) if not voxels)
+
+
+def _refusal(failures: Sequence[str], num_subjects: int) -> DataFormatError:
     listed = "".join(f"\n  {message}" for message in failures[:MAX_LISTED])
     more = f"\n  and {len(failures) - MAX_LISTED} more" if len(failures) > MAX_LISTED else ""
-    return (
+    return DataFormatError(
         f"{len(failures)} of {num_subjects} subjects cannot be packed; mend these files, "
         f"or leave them out with --skip-bad:{listed}{more}"
     )

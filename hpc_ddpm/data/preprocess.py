@@ -188,6 +188,14 @@ def prepare_mask(path: str | Path, config: DataConfig) -> tuple[NDArray[np.uint8
     return mask, geometry.affine, geometry
 
 
+def grid_distance(one: Volume, other: Volume) -> float:
+    """Largest distance between the corners of two grids of one shape, in voxels of the finer axis."""
+    ends = np.array(np.meshgrid(*[(0, side - 1) for side in one.data.shape[::-1]])).reshape(3, -1)
+    apart = (one.affine - other.affine) @ np.vstack([ends, np.ones(8)])
+    voxel = np.linalg.norm(one.affine[:3, :3], axis=0).min()
+    return float(np.linalg.norm(apart[:3], axis=0).max() / voxel)
+
+
 def _resolve(config: DataConfig) -> DataConfig:
     """With the label scheme that raw BraTS files imply."""
     if config.layout != "brats_raw":
@@ -204,7 +212,7 @@ def _read_mask(path: Path, config: DataConfig) -> tuple[Volume, Geometry]:
 
 def _read_image(path: Path, mask: Volume, mask_path: Path, config: DataConfig) -> NDArray[np.float32]:
     file = read_nifti(path, config.orientation)
-    if file.data.shape != mask.data.shape or _distance(file, mask) > 0.1:
+    if file.data.shape != mask.data.shape or grid_distance(file, mask) > 0.1:
         raise DataFormatError(
             f"{path}: its grid {_grid(file)} is not that of its mask {mask_path}: {_grid(mask)}; "
             "resample one onto the other (mask: nearest neighbour)"
@@ -238,14 +246,6 @@ def _foreground(raw: NDArray[np.float32], config: DataConfig) -> NDArray[np.bool
         return _fit(raw > raw.min(), config.size, config.fit, 0)
     cropped = _fit(raw, config.size, config.fit, float(raw.min()))
     return cropped > cropped.min()
-
-
-def _distance(one: Volume, other: Volume) -> float:
-    """Largest distance between the grids' corners, in voxels of the finer axis."""
-    ends = np.array(np.meshgrid(*[(0, side - 1) for side in one.data.shape[::-1]])).reshape(3, -1)
-    apart = (one.affine - other.affine) @ np.vstack([ends, np.ones(8)])
-    voxel = np.linalg.norm(one.affine[:3, :3], axis=0).min()
-    return float(np.linalg.norm(apart[:3], axis=0).max() / voxel)
 
 
 def _grid(file: Volume) -> str:

@@ -2,6 +2,8 @@
 
 HDF5 cannot be appended to safely: a kill tears its metadata. So each row is first written as a shard of its own,
 which is complete once it has its name, and a shard is put together from these in one go.
+
+Nor can HDF5 be closed when the disk is full: the process would crash later. So it writes to a `_Sink`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import file_digest
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +25,24 @@ from numpy.typing import NDArray
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.files import atomic_path
 from hpc_ddpm.data.labels import count_labels
+from hpc_ddpm.data.plan import Row, Shard
 from hpc_ddpm.data.preprocess import Prepared
-from hpc_ddpm.data.shards import FORMAT, INT16_SCALE, VERSION, config_digest, crcs, open_reader
+from hpc_ddpm.data.shards import FORMAT, INT16_SCALE, VERSION, ShardEntry, config_digest, crcs, open_reader, to_hex
 from hpc_ddpm.errors import DataFormatError
 
 Array = NDArray[Any]
-Row = tuple[str, str]
-"""Subject id and source."""
+VOLUMES = ("image", "mask")
 
 
-def write_row(path: Path, row: Row, prepared: Prepared, config: DataConfig, digest: str) -> None:
+def write_row(path: Path, row: Row, prepared: Prepared, config: DataConfig, scratch: Path) -> None:
     """Write one subject as a shard of one row.
 
     Args:
         path: complete when it exists; after a power cut, `is_row_written` tells.
-        row: subject and source.
+        row: of the plan.
         prepared: its volumes.
         config: of the dataset.
-        digest: of config and subjects, kept as an attribute to recognise the file by.
+        scratch: folder for the unfinished file.
     """
     image = encode(prepared.image, config.storage_dtype)
     values = {
@@ -53,39 +57,80 @@ def write_row(path: Path, row: Row, prepared: Prepared, config: DataConfig, dige
         "crc32_mask": zlib.crc32(prepared.mask.data),
         "done": 1,
     }
-    with atomic_path(path, durable=False) as temporary, _create(temporary, [row], config, digest) as file:
+    with (
+        atomic_path(path, durable=False, scratch=scratch) as temporary,
+        _create(temporary, [row], config, row.key) as file,
+    ):
         for name, value in values.items():
             file[name][0] = value
 
 
-def write_shard(path: Path, rows: Sequence[Row], files: Mapping[int, Path], config: DataConfig, digest: str) -> None:
+def write_shard(path: Path, shard: Shard, files: Mapping[int, Path], config: DataConfig, scratch: Path) -> None:
     """Put a shard together.
 
     Args:
         path: complete when it exists.
-        rows: subject and source of every row.
-        files: from `write_row`, by row; rows without one stay empty (`done` 0).
+        shard: of the plan.
+        files: from `write_row`, by row number; rows without one stay empty (`done` 0).
         config: of the dataset.
-        digest: as in `write_row`.
+        scratch: folder for the unfinished file.
     """
-    with atomic_path(path) as temporary, _create(temporary, rows, config, digest) as shard:
+    with (
+        atomic_path(path, scratch=scratch) as temporary,
+        _create(temporary, shard.rows, config, shard.digest) as target,
+    ):
         for row, source in files.items():
             with open_reader(source) as file:
-                for name in file.keys() - {"id", "source"}:
-                    shard[name][row] = file[name][0]
+                for name in file.keys() - {"id", "source", *VOLUMES}:
+                    target[name][row] = file[name][0]
+                for name in VOLUMES:
+                    _copy_chunks(file[name], target[name], row)
 
 
-def is_row_written(path: Path, row: Row, digest: str) -> bool:
-    """Whether `write_row` left this subject, with these files, at `path`, and it decodes to what was written."""
+def is_row_written(path: Path, row: Row) -> bool:
+    """Whether `write_row` left this row at `path`, and it decodes to what was written."""
     try:
         with open_reader(path) as file:
-            found = file.attrs["digest"], file["id"].asstr()[0], file["source"].asstr()[0]
-            if found != (digest, *row):
-                return False
             image, mask = file["image"][0], file["mask"][0]
-            return crcs(image) == file["crc32_image"][0].tolist() and zlib.crc32(mask.data) == file["crc32_mask"][0]
-    except (DataFormatError, OSError):
+            is_whole = crcs(image) == file["crc32_image"][0].tolist() and zlib.crc32(mask.data) == file["crc32_mask"][0]
+            return bool(is_whole and file.attrs["digest"] == row.key)
+    except (DataFormatError, OSError, KeyError):
         return False
+
+
+def is_shard_written(path: Path, shard: Shard) -> bool:
+    """Whether `write_shard` left this shard at `path`, with no row empty."""
+    try:
+        with open_reader(path) as file:
+            return bool(file.attrs["digest"] == shard.digest and file["done"][:].all())
+    except (DataFormatError, OSError, KeyError):
+        return False
+
+
+def describe_shard(path: Path, shard: Shard, left_out: Mapping[int, str]) -> ShardEntry:
+    """The entry of a shard in the index, with no subject held out.
+
+    Args:
+        path: of its file.
+        shard: of the plan.
+        left_out: why rows are empty, by number.
+    """
+    with open_reader(path) as file:
+        image, mask = (to_hex(file[f"crc32_{name}"][:]) for name in VOLUMES)
+    with path.open("rb") as raw:
+        digest = file_digest(raw, "sha256").hexdigest()
+    return ShardEntry(
+        file=path.name,
+        size_bytes=path.stat().st_size,
+        sha256=digest,
+        digest=shard.digest,
+        id=[row.subject.id for row in shard.rows],
+        val=[],
+        test=[],
+        left_out={str(row): why for row, why in left_out.items()},
+        crc32_image=image,
+        crc32_mask=mask,
+    )
 
 
 def encode(image: NDArray[np.float32], storage_dtype: str) -> Array:
@@ -95,44 +140,93 @@ def encode(image: NDArray[np.float32], storage_dtype: str) -> Array:
     return np.rint(image * np.float32(INT16_SCALE)).astype(np.int16)
 
 
+def _copy_chunks(source: h5py.Dataset, target: h5py.Dataset, row: int) -> None:
+    """The only row of `source` to a row of `target`, as compressed."""
+    for number in range(source.id.get_num_chunks()):
+        _, *offset = source.id.get_chunk_info(number).chunk_offset
+        filter_mask, data = source.id.read_direct_chunk((0, *offset))
+        target.id.write_direct_chunk((row, *offset), data, filter_mask)
+
+
+class _Sink:
+    """A file for HDF5 to write to that seems to take everything; `error` says why it did not."""
+
+    def __init__(self, file: FileIO) -> None:
+        self.error: OSError | None = None
+        self.seek, self.tell, self.read, self.readinto = file.seek, file.tell, file.read, file.readinto
+        self._file = file
+
+    def write(self, data: memoryview) -> int:
+        """All of `data`, or none of it and an error to be found."""
+        rest = data
+        try:
+            while len(rest):
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.error = self.error or error
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        """As of a file."""
+        try:
+            self._file.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+        return size
+
+    def flush(self) -> None:
+        """Nothing: it has no buffer."""
+
+
 @contextmanager
 def _create(path: Path, rows: Sequence[Row], config: DataConfig, digest: str) -> Iterator[h5py.File]:
     """An empty shard, open for writing."""
+    with path.open("w+b", buffering=0) as raw:
+        sink = _Sink(raw)
+        try:
+            with h5py.File(sink, "w", libver=("v108", "v110")) as file:
+                file.attrs.update(_attributes(config, digest))
+                _create_datasets(file, rows, config)
+                yield file
+        finally:
+            if sink.error:
+                raise sink.error
+
+
+def _create_datasets(file: h5py.File, rows: Sequence[Row], config: DataConfig) -> None:
     volume, channels, num_rows = config.spatial_shape, config.num_modalities, len(rows)
-    with h5py.File(path, "w", libver=("v108", "v110")) as file:
-        file.attrs.update(_attributes(config, digest))
-        file.create_dataset(
-            "image",
-            (num_rows, channels, *volume),
-            config.storage_dtype,
-            chunks=(1, 1, *volume),
-            fletcher32=True,
-            compression=hdf5plugin.LZ4(),
-        )
-        file.create_dataset(
-            "mask",
-            (num_rows, *volume),
-            "uint8",
-            chunks=(1, *volume),
-            fletcher32=True,
-            compression=hdf5plugin.Zstd(clevel=3),
-        )
-        for name, values in zip(("id", "source"), zip(*rows, strict=True), strict=True):
-            encoded = [value.encode() for value in values]
-            file.create_dataset(name, data=encoded, dtype=h5py.string_dtype("utf-8", max(map(len, encoded))))
-        columns: dict[str, tuple[tuple[int, ...], str]] = {
-            "affine": ((4, 4), "f8"),
-            "original_affine": ((4, 4), "f8"),
-            "original_shape": ((3,), "i4"),
-            "intensity": ((channels, 2), "f4"),
-            "label_voxels": ((config.num_labels,), "i8"),
-            "crc32_image": ((channels,), "u4"),
-            "crc32_mask": ((), "u4"),
-            "done": ((), "u1"),
-        }
-        for name, (shape, dtype) in columns.items():
-            file.create_dataset(name, data=np.zeros((num_rows, *shape), dtype))
-        yield file
+    file.create_dataset(
+        "image",
+        (num_rows, channels, *volume),
+        config.storage_dtype,
+        chunks=(1, 1, *volume),
+        fletcher32=True,
+        compression=hdf5plugin.LZ4(),
+    )
+    file.create_dataset(
+        "mask",
+        (num_rows, *volume),
+        "uint8",
+        chunks=(1, *volume),
+        fletcher32=True,
+        compression=hdf5plugin.Zstd(clevel=3),
+    )
+    names = {"id": [row.subject.id for row in rows], "source": [row.source for row in rows]}
+    for name, values in names.items():
+        encoded = [value.encode() for value in values]
+        file.create_dataset(name, data=encoded, dtype=h5py.string_dtype("utf-8", max(map(len, encoded))))
+    columns: dict[str, tuple[tuple[int, ...], str]] = {
+        "affine": ((4, 4), "f8"),
+        "original_affine": ((4, 4), "f8"),
+        "original_shape": ((3,), "i4"),
+        "intensity": ((channels, 2), "f4"),
+        "label_voxels": ((config.num_labels,), "i8"),
+        "crc32_image": ((channels,), "u4"),
+        "crc32_mask": ((), "u4"),
+        "done": ((), "u1"),
+    }
+    for name, (shape, dtype) in columns.items():
+        file.create_dataset(name, data=np.zeros((num_rows, *shape), dtype))
 
 
 def _attributes(config: DataConfig, digest: str) -> dict[str, Any]:

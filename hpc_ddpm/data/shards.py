@@ -11,7 +11,9 @@ K labels; volumes are C Z Y X, shapes and affines X Y Z:
     intensity       float32 (N, C, 2): intensities that became -1 and 1
     label_voxels    int64 (N, K), in the order of the label scheme
     crc32_image     uint32 (N, C), crc32_mask (N,): of the decoded bytes
-    done            uint8 (N,): 1 where the row is complete; others were left out and are not in the index
+    done            uint8 (N,): 1 where the row is complete; the others were left out
+
+index.json has one entry per shard, see `ShardEntry`; more shards may be added later.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import h5py
 import hdf5plugin  # noqa: F401  (registers the filters)
@@ -31,14 +34,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
+from hpc_ddpm.data.files import write_json
 from hpc_ddpm.data.nifti import Affine
 from hpc_ddpm.data.preprocess import Geometry
 from hpc_ddpm.errors import DataFormatError
 
-FORMAT, VERSION = "hpc_ddpm packed dataset", 1
+FORMAT, VERSION = "hpc_ddpm packed dataset", 2
 INDEX = "index.json"
 INT16_SCALE = 32767
 MAX_OPEN_SHARDS = 32
+SPLITS = ("train", "val", "test")
 
 Array = NDArray[Any]
 
@@ -59,6 +64,11 @@ def crcs(image: Array) -> list[int]:
     return [zlib.crc32(channel.data) for channel in image]
 
 
+def to_hex(checksums: Array | list[int]) -> str:
+    """CRC-32s as in the index: 8 hexadecimal digits each, one after another."""
+    return np.asarray(checksums, ">u4").tobytes().hex()
+
+
 def open_reader(path: Path) -> h5py.File:
     """A shard for reading, without the file locks that network file systems refuse.
 
@@ -70,7 +80,7 @@ def open_reader(path: Path) -> h5py.File:
     except FileNotFoundError:
         raise DataFormatError(f"{path}: this shard is missing; copy it again or pack again") from None
     except OSError as error:
-        raise DataFormatError(f"{path}: damaged shard ({error}); copy it again or pack again") from None
+        raise DataFormatError(f"{path}: damaged shard ({error}); copy it again, or delete it and pack again") from None
     found = file.attrs.get("format"), file.attrs.get("version")
     if found != (FORMAT, VERSION):
         file.close()
@@ -93,26 +103,74 @@ class PackedSubject:
     """train, val or test."""
 
 
+class ShardEntry(TypedDict):
+    """One shard in index.json. Row numbers count from 0; those in none of val, test and left_out are train."""
+
+    file: str
+    size_bytes: int
+    sha256: str
+    digest: str
+    """Of settings, subjects, and sizes and times of their files."""
+    id: list[str]
+    """Of every row."""
+    val: list[int]
+    test: list[int]
+    left_out: dict[str, str]
+    """Row number to why it is empty."""
+    crc32_image: str
+    """`to_hex` of the shard's column, row by row."""
+    crc32_mask: str
+
+
 @dataclass(frozen=True)
 class Index:
-    """The content of index.json; one entry per subject in each tuple, sorted by subject id."""
+    """The content of index.json: the shards, and all subjects in the order of their ids."""
 
     data: dict[str, Any]
-    digest: str
-    shards: list[dict[str, Any]]
-    """file, size_bytes, sha256."""
+    shards: list[ShardEntry]
     id: list[str]
-    shard: list[int]
-    row: list[int]
-    split: list[str]
-    crc32_image: list[list[int]]
-    crc32_mask: list[int]
-    failures: list[str]
-    """Why subjects were left out."""
+    shard: NDArray[np.int64]
+    row: NDArray[np.int64]
+    split: NDArray[np.uint8]
+    """Index into SPLITS."""
 
-    def to_json(self) -> dict[str, Any]:
-        """As written to index.json."""
-        return {"format": FORMAT, "version": VERSION, **vars(self)}
+    def crc32(self, name: str, index: int) -> str:
+        """`to_hex` of crc32_image or crc32_mask of a subject."""
+        entry = self.shards[self.shard[index]]
+        text = entry["crc32_image"] if name == "image" else entry["crc32_mask"]
+        width, row = len(text) // len(entry["id"]), self.row[index]
+        return text[row * width : (row + 1) * width]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Subjects that are in no shard, and why."""
+        packed = set(self.id)
+        entries = ((entry["id"][int(row)], why) for entry in self.shards for row, why in entry["left_out"].items())
+        return {subject: why for subject, why in entries if subject not in packed}
+
+
+def build_index(data: dict[str, Any], shards: list[ShardEntry]) -> Index:
+    """The index of these shards.
+
+    Args:
+        data: settings of the dataset.
+        shards: in the order of their numbers.
+    """
+    ids = list(chain.from_iterable(entry["id"] for entry in shards))
+    lengths = [len(entry["id"]) for entry in shards]
+    shard = np.repeat(np.arange(len(shards)), lengths)
+    begin = np.cumsum([0, *lengths])
+    row = np.arange(len(ids)) - begin[shard]
+    split = np.zeros(len(ids), np.uint8)
+    empty = []
+    for entry, offset in zip(shards, begin.tolist(), strict=False):
+        for code, rows in enumerate((entry["val"], entry["test"]), 1):
+            split[[offset + number for number in rows]] = code
+        empty += [offset + int(number) for number in entry["left_out"]]
+    if empty or ids != sorted(ids):
+        order = sorted(set(range(len(ids))).difference(empty), key=ids.__getitem__)
+        ids, shard, row, split = [ids[i] for i in order], shard[order], row[order], split[order]
+    return Index(data, shards, ids, shard, row, split)
 
 
 class Packed:
@@ -122,7 +180,7 @@ class Packed:
         self.path = path
         self.data = data
         self._index = index
-        self._files: OrderedDict[int, h5py.File] = OrderedDict()
+        self._files: OrderedDict[np.int64, h5py.File] = OrderedDict()
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -133,8 +191,9 @@ class Packed:
 
     def subjects(self, split: str | None = None) -> list[PackedSubject]:
         """Subjects of a split, or all, sorted by id."""
-        rows = zip(self._index.id, self._index.split, strict=True)
-        return [PackedSubject(i, name, part) for i, (name, part) in enumerate(rows) if split in (None, part)]
+        rows = enumerate(zip(self._index.id, self._index.split.tolist(), strict=True))
+        wanted = {code for code, name in enumerate(SPLITS) if split in (None, name)}
+        return [PackedSubject(i, name, SPLITS[code]) for i, (name, code) in rows if code in wanted]
 
     def read(self, index: int, image: Array | None = None, mask: Array | None = None) -> tuple[Array, Array]:
         """Image (C, D, H, W) int16 or float32 as stored, and mask (D, H, W) uint8, checked against their CRC.
@@ -151,7 +210,7 @@ class Packed:
             shape = (self.data.num_modalities, *self.data.spatial_shape)
             image = np.empty(shape, self.data.storage_dtype)
         self._fill("image", index, image)
-        if crcs(image) != self._index.crc32_image[index]:
+        if to_hex(crcs(image)) != self._index.crc32("image", index):
             raise self._damaged(index, "the image differs from what was packed")
         return image, self.read_mask(index, mask)
 
@@ -160,7 +219,7 @@ class Packed:
         if mask is None:
             mask = np.empty(self.data.spatial_shape, np.uint8)
         self._fill("mask", index, mask)
-        if zlib.crc32(mask.data) != self._index.crc32_mask[index]:
+        if to_hex([zlib.crc32(mask.data)]) != self._index.crc32("mask", index):
             raise self._damaged(index, "the mask differs from what was packed")
         return mask
 
@@ -184,17 +243,17 @@ class Packed:
 
     def _fill(self, name: str, index: int, out: Array) -> None:
         try:
-            self._file(self._index.shard[index])[name].read_direct(out, np.s_[self._index.row[index]])
+            self._file(self._index.shard[index])[name].read_direct(out, np.s_[int(self._index.row[index])])
         except (OSError, KeyError):
             raise self._damaged(index, f"the {name} cannot be decoded") from None
 
     def _value(self, name: str, index: int) -> Array:
         try:
-            return np.asarray(self._file(self._index.shard[index])[name][self._index.row[index]])
+            return np.asarray(self._file(self._index.shard[index])[name][int(self._index.row[index])])
         except (OSError, KeyError):
             raise self._damaged(index, f"{name} cannot be read") from None
 
-    def _file(self, shard: int) -> h5py.File:
+    def _file(self, shard: np.int64) -> h5py.File:
         """The open shard; handles of a parent process are left to it, the least recently used is closed."""
         if self._process != os.getpid():
             self._files, self._process = OrderedDict(), os.getpid()
@@ -208,7 +267,8 @@ class Packed:
     def _damaged(self, index: int, what: str) -> DataFormatError:
         shard = self._index.shards[self._index.shard[index]]["file"]
         return DataFormatError(
-            f"{self.path / shard}: damaged at subject {self._index.id[index]}: {what}; copy it again or pack again"
+            f"{self.path / shard}: damaged at subject {self._index.id[index]}: {what}; "
+            "copy it again, or delete it and pack again"
         )
 
 
@@ -246,9 +306,14 @@ def read_index(path: Path) -> Index:
         raise DataFormatError(f"{path}: no {INDEX}, so packing has not finished here; run `hpc-ddpm pack` (again)")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        found = content.pop("format", None), content.pop("version", None)
-    except (ValueError, AttributeError, TypeError) as error:
+        found = content.get("format"), content.get("version")
+        if found == (FORMAT, VERSION):
+            return build_index(content["data"], content["shards"])
+    except (ValueError, AttributeError, TypeError, LookupError) as error:
         raise DataFormatError(f"{file}: not a readable index ({error}); pack again") from None
-    if found != (FORMAT, VERSION):
-        raise DataFormatError(f"{file}: format {found[0]!r} version {found[1]} found, {_expected()}; pack again")
-    return Index(**content)
+    raise DataFormatError(f"{file}: format {found[0]!r} version {found[1]} found, {_expected()}; pack again")
+
+
+def write_index(path: Path, data: dict[str, Any], shards: list[ShardEntry], scratch: Path | None = None) -> None:
+    """Publish a packed dataset: index.json in the folder `path`, at once; `scratch` as in `atomic_path`."""
+    write_json(path / INDEX, {"format": FORMAT, "version": VERSION, "data": data, "shards": shards}, scratch=scratch)

@@ -58,6 +58,26 @@ def table_modalities(path: Path) -> tuple[str, ...]:
     return tuple(name for name in names if name.lower() not in {"subject", "mask", "split"})
 
 
+def read_splits(path: Path) -> dict[str, str]:
+    """Subject -> train, val or test, from the columns subject and split of a table; others are ignored.
+
+    Raises:
+        DataFormatError: unreadable, a missing column or cell, a wrong split, or a subject with two.
+    """
+    splits: dict[str, str] = {}
+    for number, record in enumerate(_records(path), start=1):
+        cells = {str(name).lower(): str(value or "").strip() for name, value in record.items()}
+        subject, split, place = cells.get("subject", ""), cells.get("split", ""), f"{path}, row {number}"
+        if not subject or split not in SPLITS:
+            raise DataFormatError(
+                f"{place}: subject {subject!r} and split {split!r} found, "
+                f"a subject and one of {', '.join(SPLITS)} expected"
+            )
+        if splits.setdefault(subject, split) != split:
+            raise DataFormatError(f"{place}: {subject} is in {splits[subject]} and {split}; give it one split")
+    return splits
+
+
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from hpc_ddpm.demo.slices import (
+from hpc_ddpm.data.slices import (
     RGB,
     Case,
     crop_to_mask,

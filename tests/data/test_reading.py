@@ -123,7 +123,7 @@ def read_all(packed: Packed) -> None:
 @pytest.mark.parametrize(("key", "what"), [("crc32_image", "image"), ("crc32_mask", "mask")])
 def test_voxels_that_differ_from_the_index_are_found(packed_path: Path, key: str, what: str) -> None:
     index = json.loads((packed_path / "index.json").read_text())
-    index[key][3] = index[key][2]
+    index["shards"][1][key] = index["shards"][1][key][:8] * 2
     (packed_path / "index.json").write_text(json.dumps(index))
     packed = open_packed(packed_path)
     packed.read(2)
@@ -132,7 +132,6 @@ def test_voxels_that_differ_from_the_index_are_found(packed_path: Path, key: str
 
 
 def test_unreadable_datasets(packed_path: Path) -> None:
-    assert (packed_path / "shard-00000.h5").stat().st_size == (packed_path / "shard-00002.h5").stat().st_size
     with pytest.raises(DataFormatError, match=r"no such packed dataset; run `hpc-ddpm pack` or set data\.path"):
         open_packed(packed_path / "gone")
     (packed_path / "empty").mkdir()
@@ -143,7 +142,8 @@ def test_unreadable_datasets(packed_path: Path) -> None:
     for text, message in {
         "{": "not a readable index",
         "[]": "not a readable index",
-        good.replace('"version": 1', '"version": 9'): "version 9 found, .* version 1 expected; pack again",
+        good.replace('"version": 2', '"version": 9'): "version 9 found, .* version 2 expected; pack again",
+        good.replace('"val":', '"vol":'): "not a readable index",
         good.replace('"format": "hpc_ddpm packed dataset"', '"format": "zarr"'): "format 'zarr'",
     }.items():
         index.write_text(text)
@@ -175,8 +175,8 @@ def test_a_shard_of_another_version(packed_path: Path) -> None:
     import h5py
 
     with h5py.File(packed_path / "shard-00001.h5", "r+") as file:
-        file.attrs["version"] = 2
-    with pytest.raises(DataFormatError, match=r"version 2 found, .* version 1 expected"):
+        file.attrs["version"] = 3
+    with pytest.raises(DataFormatError, match=r"version 3 found, .* version 2 expected"):
         shards.open_reader(packed_path / "shard-00001.h5")
 
 
@@ -184,5 +184,5 @@ def test_label_order_survives(heads: Path, tmp_path: Path, tiny: Callable[..., D
     labels = LabelsConfig(names={2: "tumour", 1: "head"})
     pack(heads, tmp_path / "out", tiny(labels=labels))
     assert list(open_packed(tmp_path / "out").data.labels.names) == [2, 1]
-    with pytest.raises(DataFormatError, match="holds a dataset with other"):
+    with pytest.raises(DataFormatError, match=r"holds a dataset with other settings \(data\.labels\)"):
         pack(heads, tmp_path / "out", tiny(labels=LabelsConfig()))

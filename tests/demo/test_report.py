@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpc_ddpm.data.slices import lesion_centre
 from hpc_ddpm.demo import figures
 from hpc_ddpm.demo.figures import Canvas, draw_loss, one_line, report_png, strip_png
 from hpc_ddpm.demo.report import Case, label_colours, write_report
-from hpc_ddpm.demo.slices import lesion_centre
 from hpc_ddpm.errors import ConfigError
 
 image = pytest.importorskip("matplotlib.image")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hpc_ddpm.demo.slices import (
+from hpc_ddpm.data.slices import (
     Case,
     crop_to_mask,
     grey_window,

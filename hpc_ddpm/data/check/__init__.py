@@ -1,0 +1,1 @@
+"""Judging data: sources before they are packed, packed datasets afterwards."""

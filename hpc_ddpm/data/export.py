@@ -1,0 +1,104 @@
+"""A packed dataset back to NIfTI: a tree that can be packed again. C D H W."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_ddpm.data.discover import MASK
+from hpc_ddpm.data.files import write_json, writing_to
+from hpc_ddpm.data.nifti import write_nifti
+from hpc_ddpm.data.parallel import ordered_map
+from hpc_ddpm.data.preprocess import restore
+from hpc_ddpm.data.shards import INT16_SCALE, Packed, PackedSubject, open_packed, read_index
+from hpc_ddpm.errors import ConfigError
+
+NOTE = "export.json"
+Progress = Callable[[int, int], None]
+INTENSITIES = ("unit", "original")
+
+
+def export(
+    path: str | Path,
+    out: str | Path,
+    *,
+    split: str | None = None,
+    original_grid: bool = False,
+    intensities: str = "unit",
+    num_workers: int = 1,
+    progress: Progress | None = None,
+) -> int:
+    """Write `mask/<id>.nii.gz` (uint8) and `<modality>/<id>.nii.gz` (float32); what is there is kept.
+
+    Args:
+        path: of the packed dataset.
+        out: created where missing; `export.json` in it says how it was made.
+        split: only these subjects.
+        original_grid: put volumes back on the grid of the subject's file; outside what was packed is background.
+        intensities: [-1, 1] as packed, or the file's own by the range stored with the subject. What was clipped
+            when it was packed stays clipped.
+        num_workers: processes.
+        progress: called with (finished subjects, all subjects).
+
+    Returns:
+        Subjects in `out`.
+
+    Raises:
+        DataFormatError: not a packed dataset, or damaged.
+        ConfigError: `out` holds another export, or the original intensities are not known.
+    """
+    if intensities not in INTENSITIES:
+        raise ConfigError(f"intensities {intensities!r} found, expected one of {', '.join(INTENSITIES)}")
+    packed, out = open_packed(path), Path(out)
+    if intensities == "original" and packed.data.normalization == "med_ddpm_whole_head":
+        raise ConfigError(
+            f"{path}: data.normalization=med_ddpm_whole_head scaled every slice by itself, which cannot be undone; "
+            "export with --intensities unit"
+        )
+    subjects = packed.subjects(split)
+    with writing_to(out):
+        first = read_index(packed.path).shards[0]["sha256"][:12]  # stays when subjects are added
+        _claim(out, {"shard": first, "original_grid": original_grid, "intensities": intensities})
+        write = partial(_export_subject, packed, out, original_grid, intensities)
+        for number, _ in enumerate(ordered_map(write, subjects, num_workers, preload=__name__), start=1):
+            if progress:
+                progress(number, len(subjects))
+    return len(subjects)
+
+
+def _claim(out: Path, wanted: dict[str, Any]) -> None:
+    """Say in `export.json` what the folder holds, or refuse if it says otherwise."""
+    note = out / NOTE
+    if note.exists() and note.read_text(encoding="utf-8", errors="replace") == f"{json.dumps(wanted)}\n":
+        return
+    if out.is_dir() and any(out.iterdir()):
+        shown = ", ".join(f"{name}={value}" for name, value in wanted.items())
+        found = "another export" if note.exists() else "other files"
+        raise ConfigError(f"{out}: holds {found}, asked for one with {shown}; choose another --out or empty it")
+    write_json(note, wanted)
+
+
+def _export_subject(packed: Packed, out: Path, original_grid: bool, intensities: str, subject: PackedSubject) -> None:
+    files = {role: out / role / f"{subject.id}.nii.gz" for role in (*packed.data.modalities, MASK)}
+    if all(file.exists() for file in files.values()):
+        return
+    image, mask = packed.read(subject.index)
+    geometry = packed.geometry(subject.index)
+    affine = geometry.file_affine if original_grid else packed.affine(subject.index)
+    unit = image / np.float32(INT16_SCALE) if image.dtype == np.int16 else image
+    ranges = packed.intensity(subject.index)
+    for modality, volume, (low, high) in zip(packed.data.modalities, unit, ranges, strict=True):
+        volume = restore(volume, geometry) if original_grid else volume
+        write_nifti(files[modality], _scaled(volume, low, high) if intensities == "original" else volume, affine)
+    write_nifti(files[MASK], restore(mask, geometry) if original_grid else mask, affine)
+
+
+def _scaled(volume: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
+    """[-1, 1] to [low, high]."""
+    return ((volume + 1) / 2 * np.float32(high - low) + np.float32(low)).astype(np.float32)

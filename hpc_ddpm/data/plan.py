@@ -1,0 +1,182 @@
+"""What goes where in a packed dataset: a function of the source, the settings and the shards already published.
+
+It does not depend on who packs. A row is known by its key, a hash of the settings, the subject, and the sizes
+and times of the subject's files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from hpc_ddpm.config import DataConfig
+from hpc_ddpm.data.discover import Subject
+from hpc_ddpm.data.shards import INDEX, SPLITS, Index, ShardEntry, config_digest, open_reader, read_index, shard_name
+from hpc_ddpm.errors import DataFormatError
+
+MAX_NAMED = 5
+GONE, CHANGED, MOVED = "not in the source any more", "changed since", "in another split now"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject."""
+
+    subject: Subject
+    source: str
+    """Hash of size and modification time of each file: whether it changed since it was packed."""
+    size_bytes: int
+    """Of its files."""
+    key: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard that is to be written."""
+
+    number: int
+    rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return shard_name(self.number)
+
+    @property
+    def digest(self) -> str:
+        """Of all that is in it."""
+        return digest_of([row.key for row in self.rows])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first volume is read."""
+
+    config: DataConfig
+    kept: Mapping[int, ShardEntry]
+    """Published shards, by number."""
+    splits: Mapping[str, str]
+    """Of subjects that are or were published."""
+    shards: tuple[Shard, ...]
+    """To be written."""
+
+    @property
+    def num_subjects(self) -> int:
+        """Rows of all shards."""
+        return sum(len(entry["id"]) for entry in self.kept.values()) + sum(len(shard.rows) for shard in self.shards)
+
+
+def digest_of(parts: Sequence[str]) -> str:
+    """First 24 hexadecimal digits of SHA-256."""
+    return sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def build_rows(config: DataConfig, subjects: Sequence[Subject]) -> list[Row]:
+    """A row for every subject, in the same order; looks at each file's size and time."""
+    settings, rows = config_digest(config), []
+    for subject in subjects:
+        stats = [path.stat() for path in (subject.mask, *subject.images.values())]
+        source = sha256(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()).hexdigest()[:16]
+        key = digest_of([settings, subject.id, source])
+        rows.append(Row(subject, source, sum(stat.st_size for stat in stats), key))
+    return rows
+
+
+def build_plan(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: bool) -> Plan:
+    """Keep the published shards of `out`, add shards for subjects that are in none, repair missing ones.
+
+    Args:
+        out: a packed dataset, or a folder without one.
+        config: of the dataset.
+        rows: the wanted subjects, sorted by id.
+        overwrite: unpublish what cannot be kept and plan anew, instead of raising.
+
+    Raises:
+        DataFormatError: `out` holds a dataset of other settings, or of subjects that changed or are gone.
+    """
+    if not (out / INDEX).exists():
+        return Plan(config, {}, {}, _chunks(config, rows, 0))
+    try:
+        return _extend(out, read_index(out), config, rows)
+    except DataFormatError as error:
+        if not overwrite:
+            advice = "pack into another --out, or replace it with --overwrite"
+            raise DataFormatError(f"{error}; {advice}") from None
+    (out / INDEX).unlink(missing_ok=True)
+    return Plan(config, {}, {}, _chunks(config, rows, 0))
+
+
+def _chunks(config: DataConfig, rows: Sequence[Row], first: int) -> tuple[Shard, ...]:
+    """Shards of about `shard_size_gib`, numbered from `first`."""
+    bytes_per_voxel = np.dtype(config.storage_dtype).itemsize * config.num_modalities + 1
+    length = max(1, int(config.shard_size_gib * 2**30 / (math.prod(config.size) * bytes_per_voxel)))
+    starts = range(0, len(rows), length)
+    return tuple(Shard(first + i, tuple(rows[start : start + length])) for i, start in enumerate(starts))
+
+
+def _extend(out: Path, index: Index, config: DataConfig, rows: Sequence[Row]) -> Plan:
+    _check_settings(out, index, config)
+    by_id = {row.subject.id: row for row in rows}
+    splits = dict(zip(index.id, [SPLITS[code] for code in index.split.tolist()], strict=True))
+    moved = [id for id in splits if id in by_id and by_id[id].subject.split not in (None, splits[id])]
+    problems: dict[str, list[str]] = {GONE: [], CHANGED: [], MOVED: moved}
+    kept: dict[int, ShardEntry] = {}
+    lost: list[Shard] = []
+    taken: set[str] = set()
+    for number, entry in enumerate(index.shards):
+        wanted = Shard(number, tuple(by_id[id] for id in entry["id"] if id in by_id))
+        if wanted.digest != entry["digest"]:
+            taken.update(_compare(out, entry, by_id, problems))
+        else:
+            taken.update(entry["id"])
+            if not _is_there(out, entry):
+                lost.append(wanted)
+                continue
+        kept[number] = entry
+    _refuse(out, problems)
+    new = [row for row in rows if row.subject.id not in taken]
+    return Plan(config, kept, splits, (*lost, *_chunks(config, new, len(index.shards))))
+
+
+def _compare(
+    out: Path, entry: ShardEntry, by_id: Mapping[str, Row], problems: Mapping[str, list[str]]
+) -> Iterator[str]:
+    """Subjects of a shard that are as they were packed; adds the others to `problems` unless they were left out."""
+    with open_reader(out / entry["file"]) as file:
+        packed = zip(file["id"].asstr()[:], file["source"].asstr()[:], strict=True)
+        for number, (subject, source) in enumerate(packed):
+            row = by_id.get(subject)
+            if row is not None and row.source == source:
+                yield subject
+            elif str(number) not in entry["left_out"]:
+                problems[GONE if row is None else CHANGED].append(subject)
+
+
+def _is_there(out: Path, entry: ShardEntry) -> bool:
+    path = out / entry["file"]
+    return path.is_file() and path.stat().st_size == entry["size_bytes"]
+
+
+def _check_settings(out: Path, index: Index, config: DataConfig) -> None:
+    given, wanted = index.data, config.model_dump(mode="json", exclude={"path", "num_workers"})
+    names = [name for name in wanted if json.dumps(given.get(name)) != json.dumps(wanted[name])]
+    if names:
+        listed = ", ".join(f"data.{name}" for name in names)
+        raise DataFormatError(f"{out}: holds a dataset with other settings ({listed})")
+
+
+def _refuse(out: Path, problems: Mapping[str, list[str]]) -> None:
+    found = [f"{len(ids)} packed subject(s) {what} ({_named(ids)})" for what, ids in problems.items() if ids]
+    if found:
+        raise DataFormatError(f"{out}: {'; '.join(found)}")
+
+
+def _named(ids: Sequence[str]) -> str:
+    more = f", and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
+    return ", ".join(ids[:MAX_NAMED]) + more

@@ -1,0 +1,221 @@
+"""One writer's share of packing: rows that nobody has written yet, and shards whose rows are all there.
+
+    rows/KEY.h5          a finished row
+    rows/KEY.RUN.error   why it cannot be packed, as the start RUN of the command found
+    entries/DIGEST.json  what the index will say of a published shard
+
+Writers start at different subjects, an equal number of bytes apart, and go round: first their own, then the others'.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+from hpc_ddpm.data.claims import Writer
+from hpc_ddpm.data.files import write_json
+from hpc_ddpm.data.plan import Plan, Row, Shard
+from hpc_ddpm.data.preprocess import prepare
+from hpc_ddpm.data.shard_writer import describe_shard, is_row_written, is_shard_written, write_row, write_shard
+from hpc_ddpm.data.shards import ShardEntry
+from hpc_ddpm.errors import DataFormatError
+
+STATE = ".pack"
+"""Folder in the dataset that holds whatever is not published, until all is."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the folder of a job held at one moment."""
+
+    rows: frozenset[str]
+    entries: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all writers of a dataset work on."""
+
+    out: Path
+    plan: Plan
+    purpose: str
+    """Hash of the wanted subjects, their files, the settings, and skip_bad."""
+    run: str
+    """Start of the command, see `Team`."""
+    skip_bad: bool
+    stays: bool
+    """Whether writers wait for work that others have begun."""
+
+    @property
+    def state(self) -> Path:
+        """Of the packing."""
+        return self.out / STATE
+
+    def look(self) -> Found:
+        """What is finished. Rows go once their shard has its entry, so they are listed first."""
+        rows = _names(self.state / "rows")
+        return Found(rows, _names(self.state / "entries"))
+
+    def row_path(self, row: Row) -> Path:
+        """Of a finished row."""
+        return self.state / "rows" / f"{row.key}.h5"
+
+    def error_path(self, row: Row) -> Path:
+        """Of the reason why it could not be packed."""
+        return self.state / "rows" / f"{row.key}.{self.run}.error"
+
+    def entry_path(self, shard: Shard) -> Path:
+        """Of its entry in the index to come."""
+        return self.state / "entries" / f"{shard.digest}.json"
+
+    def entry(self, shard: Shard) -> ShardEntry:
+        """Of a published shard, in the index to come."""
+        entry: ShardEntry = json.loads(self.entry_path(shard).read_text(encoding="utf-8"))
+        return entry
+
+    def is_published(self, shard: Shard, found: Found) -> bool:
+        """Whether the shard and its entry are there."""
+        return f"{shard.digest}.json" in found.entries
+
+    def is_bad(self, row: Row, found: Found) -> bool:
+        """Whether it cannot be packed."""
+        return f"{row.key}.{self.run}.error" in found.rows
+
+    def is_finished(self, row: Row, found: Found) -> bool:
+        """Whether it needs no more work in this run."""
+        return f"{row.key}.h5" in found.rows or self.is_bad(row, found)
+
+    def num_finished(self, shard: Shard, found: Found) -> int:
+        """Rows that need no more work in this run."""
+        if self.is_published(shard, found):
+            return len(shard.rows)
+        return sum(self.is_finished(row, found) for row in shard.rows)
+
+    def is_settled(self, shard: Shard, found: Found) -> bool:
+        """Whether there is no more to do: published, or kept from it by subjects that cannot be packed."""
+        if self.is_published(shard, found) or self.skip_bad:
+            return self.is_published(shard, found)
+        has_bad = any(self.is_bad(row, found) for row in shard.rows)
+        return has_bad and self.num_finished(shard, found) == len(shard.rows)
+
+    def errors(self, shard: Shard, found: Found) -> dict[int, str]:
+        """Why rows cannot be packed, by number."""
+        if self.is_published(shard, found):
+            return {int(row): why for row, why in self.entry(shard)["left_out"].items()}
+        bad = [(number, row) for number, row in enumerate(shard.rows) if self.is_bad(row, found)]
+        return {number: json.loads(self.error_path(row).read_text(encoding="utf-8")) for number, row in bad}
+
+
+@dataclass
+class Share:
+    """The work of one writer, of which `slot` of `num_slots` is where it starts."""
+
+    job: Job
+    writer: Writer
+    slot: int = 0
+    num_slots: int = 1
+    on_row: Callable[[], None] = lambda: None
+    num_written: int = field(default=0, init=False)
+    """Subjects read and written."""
+    _num_steps: int = field(default=0, init=False)
+
+    def work(self) -> int:
+        """Until all shards are settled, or (where the job says so) others have begun the rest.
+
+        Returns:
+            Subjects read and written.
+        """
+        wait_s = FIRST_WAIT_S
+        while True:
+            found, before = self.job.look(), self._num_steps
+            pending = [(shard, row) for shard, row in self._round() if not self.job.is_settled(shard, found)]
+            if not pending:
+                return self.num_written
+            for shard, row in pending:
+                self._visit(shard, row)
+            if self._num_steps > before:
+                wait_s = FIRST_WAIT_S
+            elif self.job.stays:
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+            else:
+                return self.num_written
+
+    def _round(self) -> Iterator[tuple[Shard, int]]:
+        """All shards, each with its first row to visit."""
+        shards = self.job.plan.shards
+        ends = list(accumulate(row.size_bytes for shard in shards for row in shard.rows))
+        first = bisect_right(ends, ends[-1] * self.slot // self.num_slots)
+        starts = list(accumulate((len(shard.rows) for shard in shards), initial=0))
+        begin = bisect_right(starts, first) - 1
+        yield shards[begin], first - starts[begin]
+        for shard in (*shards[begin + 1 :], *shards[:begin]):
+            yield shard, 0
+
+    def _visit(self, shard: Shard, first: int) -> None:
+        """Write the rows of a shard that nobody has begun; then, if all are there, the shard."""
+        found = self.job.look()
+        if self.job.is_published(shard, found):
+            return
+        if not self._is_whole(shard):
+            self._write_rows(shard, first, found)
+            found = self.job.look()
+            is_complete = self.job.num_finished(shard, found) == len(shard.rows)
+            if self.job.is_settled(shard, found) or not is_complete:
+                return
+        with self.writer.claim(shard.name) as is_ours:
+            if is_ours and not self.job.entry_path(shard).exists():
+                self._publish(shard, found)
+
+    def _is_whole(self, shard: Shard) -> bool:
+        return is_shard_written(self.job.out / shard.name, shard)
+
+    def _write_rows(self, shard: Shard, first: int, found: Found) -> None:
+        for row in (*shard.rows[first:], *shard.rows[:first]):
+            if not self.job.is_finished(row, found):
+                with self.writer.claim(row.key) as is_ours:
+                    if is_ours and not self._is_finished_now(shard, row):
+                        self._write_row(row)
+
+    def _is_finished_now(self, shard: Shard, row: Row) -> bool:
+        paths = self.job.row_path(row), self.job.error_path(row), self.job.entry_path(shard)
+        return any(path.exists() for path in paths)
+
+    def _write_row(self, row: Row) -> None:
+        config, scratch = self.job.plan.config, self.writer.scratch
+        try:
+            prepared = prepare(row.subject, config)
+        except DataFormatError as error:
+            write_json(self.job.error_path(row), str(error), durable=False, scratch=scratch)
+        else:
+            write_row(self.job.row_path(row), row, prepared, config, scratch)
+            self.num_written += 1
+        self._num_steps += 1
+        self.on_row()
+
+    def _publish(self, shard: Shard, found: Found) -> None:
+        """Write the shard and its entry; rows that turn out to be damaged are forgotten instead."""
+        path, left_out = self.job.out / shard.name, self.job.errors(shard, found)
+        if not self._is_whole(shard):
+            files = {i: self.job.row_path(row) for i, row in enumerate(shard.rows) if i not in left_out}
+            damaged = [file for i, file in files.items() if not is_row_written(file, shard.rows[i])]
+            for file in damaged:
+                file.unlink(missing_ok=True)
+            self._num_steps += 1
+            if damaged:
+                return
+            write_shard(path, shard, files, self.job.plan.config, self.writer.scratch)
+        entry = describe_shard(path, shard, left_out)
+        write_json(self.job.entry_path(shard), entry, scratch=self.writer.scratch)
+        for row in shard.rows:
+            self.job.row_path(row).unlink(missing_ok=True)
+
+
+def _names(folder: Path) -> frozenset[str]:
+    return frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset()
