@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from hpc_ddpm.distributed import Ranks, broadcast_object
 from hpc_ddpm.errors import CheckpointError
-from hpc_ddpm.runlog import write_json_atomic
+from hpc_ddpm.files import fsync, write_json
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
@@ -93,19 +93,11 @@ def _describe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    write_json_atomic(temporary / MANIFEST, manifest)
+    write_json(temporary / MANIFEST, manifest, indent=2)
     if final.exists():  # the same step saved again, after a resume from an older one
         shutil.rmtree(final)
     temporary.replace(final)
-    _sync_folder(final.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(final.parent)
 
 
 def _together(ranks: Ranks, work: Callable[[], Any], what: str) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import socket
 import subprocess
@@ -13,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from hpc_ddpm.files import write_text
 
 PACKAGES = (
     "torch",
@@ -26,25 +27,6 @@ PACKAGES = (
     "scipy",
     "safetensors",
 )
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write under a temporary name, fsync, rename: a file that exists is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """`write_text_atomic` for JSON, indented."""
-    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def package_versions() -> dict[str, str]:
@@ -98,7 +80,7 @@ class RunLog:
 
         path = run_dir / "metrics.jsonl"
         kept = [json.dumps(row) for row in read_metrics(run_dir) if row["step"] <= start_step]
-        write_text_atomic(path, "".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 

@@ -24,8 +24,9 @@ from hpc_ddpm.checkpoint import MANIFEST, PieceReader, step_dirs
 from hpc_ddpm.config import Config, list_presets, load_config
 from hpc_ddpm.diffusion.schedules import build_schedule
 from hpc_ddpm.errors import CheckpointError
+from hpc_ddpm.files import write_json
 from hpc_ddpm.model.unet3d import build_unet
-from hpc_ddpm.runlog import provenance, write_json_atomic
+from hpc_ddpm.runlog import provenance
 
 WEIGHTS, CONFIG, PROVENANCE = "weights.safetensors", "config.json", "provenance.json"
 PREFIX = "denoise_fn."
@@ -105,8 +106,8 @@ def save_weights(folder: Path, state_dict: Mapping[str, Tensor], config: Config,
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({key: tensor.detach().float().contiguous() for key, tensor in state_dict.items()}, temporary / WEIGHTS)
-    write_json_atomic(temporary / CONFIG, config.dump())
-    write_json_atomic(temporary / PROVENANCE, dict(provenance))
+    write_json(temporary / CONFIG, config.dump(), indent=2)
+    write_json(temporary / PROVENANCE, dict(provenance), indent=2)
     temporary.replace(folder)
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from hpc_ddpm.config import Config, config_from_dict, flatten_config, load_config
 from hpc_ddpm.distributed import Ranks, detect_ranks, local_device, process_group, resolve_precision
 from hpc_ddpm.errors import ConfigError, DataFormatError
-from hpc_ddpm.runlog import provenance, write_json_atomic
+from hpc_ddpm.files import write_json, writing_to
+from hpc_ddpm.runlog import provenance
 from launch.progress import progress_bar, training_note
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ def train_stage(run_dir: Path, source: str | None, overrides: Sequence[str], sho
 
     ranks = detect_ranks()
     config = resume_config(run_dir, source, overrides)
-    with process_group(ranks) as device:
+    with writing_to(run_dir), process_group(ranks) as device:
         if ranks.is_main:
-            write_json_atomic(run_dir / "config.json", config.dump())
-            write_json_atomic(run_dir / "provenance.json", provenance() | {"world_size": ranks.world_size})
+            write_json(run_dir / "config.json", config.dump(), indent=2)
+            write_json(run_dir / "provenance.json", provenance() | {"world_size": ranks.world_size}, indent=2)
         total = config.training.num_steps
         with progress_bar("training", show=show_progress and ranks.is_main) as update:
             result = train(
@@ -176,7 +177,7 @@ def sample_stage(
     found = masks_from_files(masks, config) if masks else masks_from_packed(config.data.path, split)
     is_bf16 = resolve_precision(config.sampling.precision, device) == "bf16"
     model = model.to(device, torch.bfloat16 if is_bf16 else torch.float32)
-    with progress_bar("sampling", show=show_progress and ranks.is_main) as update:
+    with writing_to(out), progress_bar("sampling", show=show_progress and ranks.is_main) as update:
         report = run_sampling(
             model,
             found,

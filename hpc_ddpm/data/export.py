@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.data.discover import MASK
-from hpc_ddpm.data.files import write_json, writing_to
 from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.data.parallel import ordered_map
 from hpc_ddpm.data.preprocess import restore
 from hpc_ddpm.data.shards import INT16_SCALE, Packed, PackedSubject, open_packed, read_index
 from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.files import write_json, writing_to
 
 NOTE = "export.json"
 Progress = Callable[[int, int], None]

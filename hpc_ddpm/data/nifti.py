@@ -18,8 +18,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import DTypeLike, NDArray
 
-from hpc_ddpm.data.files import atomic_path
 from hpc_ddpm.errors import ConfigError, DataFormatError
+from hpc_ddpm.files import atomic_path
 
 SUFFIXES = (".nii.gz", ".nii", ".mgz", ".NII.GZ", ".NII", ".MGZ")
 _UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error)

@@ -21,7 +21,6 @@ import numpy as np
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.discover import Discovery, Unmatched, discover
-from hpc_ddpm.data.files import writing_to
 from hpc_ddpm.data.plan import Row, build_plan, build_rows, digest_of
 from hpc_ddpm.data.pool import Progress, run_shares
 from hpc_ddpm.data.shards import INDEX, SPLITS, Index, ShardEntry, open_reader, read_index, write_index
@@ -29,6 +28,7 @@ from hpc_ddpm.data.share import FIRST_WAIT_S, STATE, Job
 from hpc_ddpm.data.split import split_subjects
 from hpc_ddpm.data.team import Team
 from hpc_ddpm.errors import ClusterError, DataFormatError
+from hpc_ddpm.files import writing_to
 
 MAX_LISTED = 20
 

@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data.files import atomic_path
 from hpc_ddpm.data.labels import count_labels
 from hpc_ddpm.data.plan import Row, Shard
 from hpc_ddpm.data.preprocess import Prepared
 from hpc_ddpm.data.shards import FORMAT, INT16_SCALE, VERSION, ShardEntry, config_digest, crcs, open_reader, to_hex
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import atomic_path
 
 Array = NDArray[Any]
 VOLUMES = ("image", "mask")

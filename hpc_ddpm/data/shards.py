@@ -34,10 +34,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data.files import write_json
 from hpc_ddpm.data.nifti import Affine
 from hpc_ddpm.data.preprocess import Geometry
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import write_json
 
 FORMAT, VERSION = "hpc_ddpm packed dataset", 2
 INDEX = "index.json"

@@ -18,12 +18,12 @@ from itertools import accumulate
 from pathlib import Path
 
 from hpc_ddpm.data.claims import Writer
-from hpc_ddpm.data.files import write_json
 from hpc_ddpm.data.plan import Plan, Row, Shard
 from hpc_ddpm.data.preprocess import prepare
 from hpc_ddpm.data.shard_writer import describe_shard, is_row_written, is_shard_written, write_row, write_shard
 from hpc_ddpm.data.shards import ShardEntry
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import write_json
 
 STATE = ".pack"
 """Folder in the dataset that holds whatever is not published, until all is."""

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.check.pictures import picture
-from hpc_ddpm.data.files import atomic_path, writing_to
 from hpc_ddpm.data.nifti import axis_codes, ras_voxel_size_mm, turn_to_ras, voxel_size_mm
 from hpc_ddpm.data.shards import SPLITS, Index, Packed, open_packed, open_reader, read_index
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import atomic_path, writing_to
 
 PICTURE_HEIGHT = 320
 

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.errors import ConfigError
-from hpc_ddpm.runlog import write_json_atomic
+from hpc_ddpm.files import write_json
 
 Volume = NDArray[np.float32]
 
@@ -77,7 +77,7 @@ def _claim(folder: Path, seed: int) -> None:
     wanted = {"recipe": RECIPE, "seed": seed}
     note = folder / "cohort.json"
     if not note.exists():
-        write_json_atomic(note, wanted)
+        write_json(note, wanted, indent=2)
         return
     try:
         found = json.loads(note.read_text(encoding="utf-8"))

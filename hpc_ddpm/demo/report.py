@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from hpc_ddpm.data.files import atomic_path
 from hpc_ddpm.data.slices import RGB, Case, Correlation, label_colours, orthogonal_slices, voxel_correlation
 from hpc_ddpm.demo.figures import colour_map, loss_png, report_png, strip_png
+from hpc_ddpm.files import atomic_path
 
 __all__ = ["Case", "Correlation", "label_colours", "orthogonal_slices", "voxel_correlation", "write_report"]
 

@@ -24,7 +24,8 @@ from hpc_ddpm.demo.cohort import write_cohort
 from hpc_ddpm.demo.report import Case, voxel_correlation, write_report
 from hpc_ddpm.demo.source import describe_source
 from hpc_ddpm.errors import HpcDdpmError
-from hpc_ddpm.runlog import package_versions, read_metrics, write_text_atomic
+from hpc_ddpm.files import write_text
+from hpc_ddpm.runlog import package_versions, read_metrics
 
 NUM_SUBJECTS = 24
 MAX_CASES = 4
@@ -132,7 +133,7 @@ class _Stages:
 def _write_config(path: Path, config: Config) -> Path:
     """The demo's settings as a file that `--config` takes."""
     tree: dict[str, Any] = config.dump()
-    write_text_atomic(path, "# The resolved settings of this demo.\n" + yaml.safe_dump(tree, sort_keys=False))
+    write_text(path, "# The resolved settings of this demo.\n" + yaml.safe_dump(tree, sort_keys=False))
     return path
 
 

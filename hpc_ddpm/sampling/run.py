@@ -19,7 +19,8 @@ from hpc_ddpm.data.preprocess import prepare_mask
 from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.distributed import Ranks
 from hpc_ddpm.errors import ConfigError, DataFormatError
-from hpc_ddpm.runlog import package_versions, write_json_atomic
+from hpc_ddpm.files import write_json
+from hpc_ddpm.runlog import package_versions
 from hpc_ddpm.sampling.generate import generate
 from hpc_ddpm.sampling.plan import Item, build_plan, share
 from hpc_ddpm.sampling.write import sidecar_path, write_generated
@@ -138,7 +139,7 @@ def _claim(out: Path, made_with: dict[str, Any]) -> None:
             differing = ", ".join(key for key in made_with if found.get(key) != made_with[key])
             raise ConfigError(f"{out} holds volumes made with another {differing}; choose another --out or delete it")
     else:
-        write_json_atomic(path, made_with)
+        write_json(path, made_with, indent=2)
 
 
 def _generate_batch(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.errors import DataFormatError
-from hpc_ddpm.runlog import write_json_atomic
+from hpc_ddpm.files import write_json
 
 
 def sidecar_path(out: Path, item_id: str) -> Path:
@@ -43,9 +43,6 @@ def write_generated(
         )
     for modality, channel in zip(modalities, volume, strict=True):
         path = out / modality / f"{item_id}.nii.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_nifti(path, channel, affine, np.float32, compression_level=1)
-    path = out / "mask" / f"{item_id}.nii.gz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_nifti(path, mask, affine, np.uint8)
-    write_json_atomic(sidecar_path(out, item_id), record)
+    write_nifti(out / "mask" / f"{item_id}.nii.gz", mask, affine, np.uint8)
+    write_json(sidecar_path(out, item_id), record, indent=2)

@@ -19,8 +19,9 @@ from hpc_ddpm.diffusion.gaussian import draw_training, training_loss
 from hpc_ddpm.diffusion.schedules import Schedule, build_schedule
 from hpc_ddpm.distributed import Ranks, StopFlag, all_reduce_mean
 from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.files import write_json
 from hpc_ddpm.model.unet3d import build_unet
-from hpc_ddpm.runlog import RunLog, write_json_atomic
+from hpc_ddpm.runlog import RunLog
 from hpc_ddpm.training.engine import Engine, learning_rate
 
 GIB = 2**30
@@ -77,7 +78,7 @@ def train(
         ranks.world_size,
     )
     if ranks.is_main:
-        write_json_atomic(run_dir / "deepspeed.json", engine.settings)
+        write_json(run_dir / "deepspeed.json", engine.settings, indent=2)
     log = RunLog(run_dir, is_main=ranks.is_main, start_step=start)
     meter = _Meter(training.global_batch, ranks, device)
     schedule = build_schedule(config.diffusion).to(device)

@@ -166,6 +166,20 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_an_output_that_cannot_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "out"
+    monkeypatch.setattr(sys, "argv", ["hpc-ddpm", "sample", str(run), "--out", str(out), "-q"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    error = capfd.readouterr().err
+    assert f"{out}: cannot write here (Not a directory)" in error
+    assert "Traceback" not in error
+
+
 def test_batch_that_does_not_divide(cli: Cli, tiny_packed: Path, tmp_path: Path) -> None:
     done = cli("train", "--out", tmp_path / "run", "--data", tiny_packed, *TINY, "training.micro_batch=3")
     assert done.returncode == 2

@@ -12,7 +12,7 @@ from hpc_ddpm.data.check.cohort_checks import Facts
 from hpc_ddpm.data.check.findings import KINDS, SEVERITIES, Finding, by_kind
 from hpc_ddpm.data.check.pictures import colours
 from hpc_ddpm.data.check.run import CheckReport
-from hpc_ddpm.data.files import atomic_path
+from hpc_ddpm.files import atomic_path
 
 MAX_EMBEDDED = 200
 """Cases whose pictures go into the page; with more, they become files in a folder beside it."""

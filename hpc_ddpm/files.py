@@ -30,18 +30,26 @@ def atomic_path(path: Path, *, durable: bool = True, scratch: Path | None = None
     try:
         yield temporary
         if durable:
-            _fsync(temporary)
+            fsync(temporary)
         temporary.replace(path)
         if durable:
-            _fsync(path.parent)
+            fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any, *, durable: bool = True, scratch: Path | None = None) -> None:
-    """Atomically write `value` as JSON; the order of keys is kept."""
+def write_text(path: Path, text: str) -> None:
+    """Atomically write UTF-8 text."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(
+    path: Path, value: Any, *, indent: int | None = None, durable: bool = True, scratch: Path | None = None
+) -> None:
+    """Atomically write `value` as JSON; the order of keys is kept. `indent` where a person will read it."""
     with atomic_path(path, durable=durable, scratch=scratch) as temporary:
-        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -64,7 +72,8 @@ def writing_to(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
