@@ -114,11 +114,11 @@ def _together(ranks: Ranks, work: Callable[[], Any], what: str) -> list[Any]:
     return [value for _, value in outcomes]
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The manifest of a complete, undamaged checkpoint folder.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint folder says of itself; its files are not looked at.
 
     Raises:
-        CheckpointError: names the first file that is missing or differs from the manifest.
+        CheckpointError: no manifest, or one of another format version.
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -126,6 +126,16 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no readable {MANIFEST} ({error}); this checkpoint is incomplete") from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}")
+    return manifest
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a complete, undamaged checkpoint folder; reads and hashes every file.
+
+    Raises:
+        CheckpointError: names the first file that is missing or differs from the manifest.
+    """
+    manifest = read_manifest(path)
     for name, row in manifest["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != row["size"]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hpc_ddpm.checkpoint import PieceReader, agree_on_latest, save_checkpoint, step_of, verify_checkpoint
+from hpc_ddpm.checkpoint import PieceReader, agree_on_latest, read_manifest, save_checkpoint, step_of
 from hpc_ddpm.config import Config, DataConfig
 from hpc_ddpm.data.dataset import VolumeDataset, to_unit_range
 from hpc_ddpm.data.labels import one_hot
@@ -149,7 +149,7 @@ def _resume_or_start(
     """The engine at a checkpoint, or at step 0."""
     if folder is None:
         return 0, Engine(network, config, ranks, device)
-    reader, facts = PieceReader(folder), verify_checkpoint(folder)
+    reader, facts = PieceReader(folder), read_manifest(folder)  # rank 0 has verified it
     missing, unexpected = network.load_state_dict(reader.full("master"), strict=False)
     if missing or unexpected:
         name = (missing or unexpected)[0]
