@@ -1,0 +1,37 @@
+"""Every setting of the toolkit, typed, with where its value came from. No torch here: `--help` stays fast."""
+
+from hpc_ddpm.config.loading import (
+    Loaded,
+    config_from_dict,
+    flatten_config,
+    list_presets,
+    load_config,
+    presets_dir,
+)
+from hpc_ddpm.config.sections import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    LabelsConfig,
+    ModelConfig,
+    SamplingConfig,
+    Section,
+    TrainingConfig,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DiffusionConfig",
+    "LabelsConfig",
+    "Loaded",
+    "ModelConfig",
+    "SamplingConfig",
+    "Section",
+    "TrainingConfig",
+    "config_from_dict",
+    "flatten_config",
+    "list_presets",
+    "load_config",
+    "presets_dir",
+]
