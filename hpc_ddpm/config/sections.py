@@ -74,6 +74,8 @@ class DataConfig(Section):
     """Upper percentile, or upper end of the window."""
     storage_dtype: Literal["int16", "float32"] = "int16"
     """On disk: int16 (largest error 1.5e-5) or float32 (lossless)."""
+    compression: Literal["lz4", "none"] = "lz4"
+    """On disk; none where storage is faster than LZ4 decodes, such as node-local memory."""
     shard_size_gib: float = Field(default=1.0, gt=0)
     """Uncompressed volume data per HDF5 file, about."""
     val_fraction: float = Field(default=0.1, ge=0, lt=1)

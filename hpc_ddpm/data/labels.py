@@ -106,13 +106,16 @@ def count_labels(mask: NDArray[np.uint8], labels: LabelsConfig) -> NDArray[np.in
     return np.bincount(mask.ravel(), minlength=256)[list(labels.names)].astype(np.int64)
 
 
-def one_hot(mask: torch.Tensor, labels: LabelsConfig, dtype: torch.dtype | None = None) -> torch.Tensor:
+def one_hot(
+    mask: torch.Tensor, labels: LabelsConfig, dtype: torch.dtype | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Integer labels to condition channels, on the device of the mask.
 
     Args:
         mask: (B, D, H, W) uint8.
         labels: one channel per entry of `names`, in that order; `off_value` outside, `on_value` inside.
         dtype: of the result; None is float32.
+        out: tensor to fill, used if it has this shape; None allocates.
 
     Returns:
         (B, K, D, H, W).
@@ -120,12 +123,13 @@ def one_hot(mask: torch.Tensor, labels: LabelsConfig, dtype: torch.dtype | None 
     import torch  # here, as packing does without
 
     shape = mask.shape[0], len(labels.names), *mask.shape[1:]
-    channels = torch.empty(shape, dtype=dtype or torch.float32, device=mask.device)
+    if out is None or out.shape != shape:
+        out = torch.empty(shape, dtype=dtype or torch.float32, device=mask.device)
     for channel, label in enumerate(labels.names):
-        channels[:, channel] = mask == label
+        torch.eq(mask, label, out=out[:, channel])
     if (labels.off_value, labels.on_value) != (0.0, 1.0):
-        channels.mul_(labels.on_value - labels.off_value).add_(labels.off_value)
-    return channels
+        out.mul_(labels.on_value - labels.off_value).add_(labels.off_value)
+    return out
 
 
 def _named(labels: LabelsConfig) -> str:

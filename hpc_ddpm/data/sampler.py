@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Sampler
 
 from hpc_ddpm.errors import ConfigError
 
@@ -81,52 +75,3 @@ class StepBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.num_steps * self.accumulation
-
-
-def build_loader(
-    dataset: Dataset[Mapping[str, Any]],
-    batches: Sampler[list[int]],
-    num_workers: int,
-    *,
-    start_method: str | None = None,
-) -> DataLoader[Mapping[str, Any]]:
-    """A loader of batches (image (B, C, D, H, W), mask (B, D, H, W), index (B,)), pinned where there is CUDA.
-
-    Args:
-        dataset: of items as VolumeDataset gives them.
-        batches: usually StepBatches.
-        num_workers: reader processes; 0 reads in this one.
-        start_method: fork, forkserver or spawn; None is Python's default.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        worker_init_fn=_ignore_signals,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context=start_method if num_workers else None,
-    )
-
-
-def _collate(items: list[Mapping[str, Any]]) -> Any:
-    """A batch; a single volume is not copied for it."""
-    if len(items) > 1:
-        return default_collate(items)
-    return {key: torch.as_tensor(value)[None] for key, value in items[0].items()}
-
-
-def _ignore_signals(worker: int) -> None:
-    """A scheduler signals the whole process group; only the trainer answers, and ends its workers."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_when_terminated_by, args=(trainer.pid,), daemon=True).start()
-
-
-def _exit_when_terminated_by(process: int | None) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
-        pass
-    os._exit(0)

@@ -9,7 +9,6 @@ Nor can HDF5 be closed when the disk is full: the process would crash later. So 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import file_digest
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
+from hpc_ddpm.data.chunks import VOLUMES, crc32
 from hpc_ddpm.data.labels import count_labels
 from hpc_ddpm.data.plan import Row, Shard
 from hpc_ddpm.data.preprocess import Prepared
@@ -31,7 +31,6 @@ from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import atomic_path
 
 Array = NDArray[Any]
-VOLUMES = ("image", "mask")
 
 
 def write_row(path: Path, row: Row, prepared: Prepared, config: DataConfig, scratch: Path) -> None:
@@ -54,7 +53,7 @@ def write_row(path: Path, row: Row, prepared: Prepared, config: DataConfig, scra
         "intensity": prepared.intensity,
         "label_voxels": count_labels(prepared.mask, config.labels),
         "crc32_image": crcs(image),
-        "crc32_mask": zlib.crc32(prepared.mask.data),
+        "crc32_mask": crc32(prepared.mask),
         "done": 1,
     }
     with (
@@ -92,7 +91,7 @@ def is_row_written(path: Path, row: Row) -> bool:
     try:
         with open_reader(path) as file:
             image, mask = file["image"][0], file["mask"][0]
-            is_whole = crcs(image) == file["crc32_image"][0].tolist() and zlib.crc32(mask.data) == file["crc32_mask"][0]
+            is_whole = crcs(image) == file["crc32_image"][0].tolist() and crc32(mask) == file["crc32_mask"][0]
             return bool(is_whole and file.attrs["digest"] == row.key)
     except (DataFormatError, OSError, KeyError):
         return False
@@ -195,13 +194,14 @@ def _create(path: Path, rows: Sequence[Row], config: DataConfig, digest: str) ->
 
 def _create_datasets(file: h5py.File, rows: Sequence[Row], config: DataConfig) -> None:
     volume, channels, num_rows = config.spatial_shape, config.num_modalities, len(rows)
+    is_compressed = config.compression == "lz4"
     file.create_dataset(
         "image",
         (num_rows, channels, *volume),
         config.storage_dtype,
         chunks=(1, 1, *volume),
         fletcher32=True,
-        compression=hdf5plugin.LZ4(),
+        compression=hdf5plugin.LZ4() if is_compressed else None,
     )
     file.create_dataset(
         "mask",
@@ -209,7 +209,7 @@ def _create_datasets(file: h5py.File, rows: Sequence[Row], config: DataConfig) -
         "uint8",
         chunks=(1, *volume),
         fletcher32=True,
-        compression=hdf5plugin.Zstd(clevel=3),
+        compression=hdf5plugin.Zstd(clevel=3) if is_compressed else None,
     )
     names = {"id": [row.subject.id for row in rows], "source": [row.source for row in rows]}
     for name, values in names.items():

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from hashlib import sha256
@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
+from hpc_ddpm.data.chunks import UNDECODABLE, OpenShard, crc32
 from hpc_ddpm.data.nifti import Affine
 from hpc_ddpm.data.preprocess import Geometry
 from hpc_ddpm.errors import DataFormatError
@@ -61,7 +62,7 @@ def config_digest(config: DataConfig) -> str:
 
 def crcs(image: Array) -> list[int]:
     """CRC-32 of each channel of (C, D, H, W)."""
-    return [zlib.crc32(channel.data) for channel in image]
+    return [crc32(channel) for channel in image]
 
 
 def to_hex(checksums: Array | list[int]) -> str:
@@ -174,20 +175,24 @@ def build_index(data: dict[str, Any], shards: list[ShardEntry]) -> Index:
 
 
 class Packed:
-    """A packed dataset, open for reading. Shards are opened when needed, in each process for itself."""
+    """A packed dataset, open for reading, by any number of threads. Each process opens shards for itself, when needed."""
 
     def __init__(self, path: Path, index: Index, data: DataConfig) -> None:
         self.path = path
         self.data = data
         self._index = index
-        self._files: OrderedDict[np.int64, h5py.File] = OrderedDict()
+        self._forget_shards()
+
+    def _forget_shards(self) -> None:
+        self._shards: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
         self._process = os.getpid()
 
     def __len__(self) -> int:
         return len(self._index.id)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_files": OrderedDict()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Packed, (self.path, self._index, self.data)
 
     def subjects(self, split: str | None = None) -> list[PackedSubject]:
         """Subjects of a split, or all, sorted by id."""
@@ -210,8 +215,6 @@ class Packed:
             shape = (self.data.num_modalities, *self.data.spatial_shape)
             image = np.empty(shape, self.data.storage_dtype)
         self._fill("image", index, image)
-        if to_hex(crcs(image)) != self._index.crc32("image", index):
-            raise self._damaged(index, "the image differs from what was packed")
         return image, self.read_mask(index, mask)
 
     def read_mask(self, index: int, mask: Array | None = None) -> Array:
@@ -219,8 +222,6 @@ class Packed:
         if mask is None:
             mask = np.empty(self.data.spatial_shape, np.uint8)
         self._fill("mask", index, mask)
-        if to_hex([zlib.crc32(mask.data)]) != self._index.crc32("mask", index):
-            raise self._damaged(index, "the mask differs from what was packed")
         return mask
 
     def affine(self, index: int) -> Affine:
@@ -243,26 +244,30 @@ class Packed:
 
     def _fill(self, name: str, index: int, out: Array) -> None:
         try:
-            self._file(self._index.shard[index])[name].read_direct(out, np.s_[int(self._index.row[index])])
-        except (OSError, KeyError):
+            checksums = self._shard(index).read(name, int(self._index.row[index]), out)
+        except UNDECODABLE:
             raise self._damaged(index, f"the {name} cannot be decoded") from None
+        if to_hex(checksums) != self._index.crc32(name, index):
+            raise self._damaged(index, f"the {name} differs from what was packed")
 
     def _value(self, name: str, index: int) -> Array:
         try:
-            return np.asarray(self._file(self._index.shard[index])[name][int(self._index.row[index])])
-        except (OSError, KeyError):
+            return np.asarray(self._shard(index).file[name][int(self._index.row[index])])
+        except UNDECODABLE:
             raise self._damaged(index, f"{name} cannot be read") from None
 
-    def _file(self, shard: np.int64) -> h5py.File:
-        """The open shard; handles of a parent process are left to it, the least recently used is closed."""
+    def _shard(self, index: int) -> OpenShard:
+        """The open shard of a subject; those of a parent process are left to it, the least recently used is let go."""
         if self._process != os.getpid():
-            self._files, self._process = OrderedDict(), os.getpid()
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN_SHARDS:
-                self._files.popitem(last=False)[1].close()
-            self._files[shard] = open_reader(self.path / self._index.shards[shard]["file"])
-        self._files.move_to_end(shard)
-        return self._files[shard]
+            self._forget_shards()
+        number = int(self._index.shard[index])
+        with self._lock:
+            if number not in self._shards:
+                if len(self._shards) >= MAX_OPEN_SHARDS:
+                    self._shards.popitem(last=False)  # it closes when the last thread has read what it is reading
+                self._shards[number] = OpenShard(open_reader(self.path / self._index.shards[number]["file"]))
+            self._shards.move_to_end(number)
+            return self._shards[number]
 
     def _damaged(self, index: int, what: str) -> DataFormatError:
         shard = self._index.shards[self._index.shard[index]]["file"]

@@ -12,9 +12,9 @@ import torch
 
 from hpc_ddpm.checkpoint import PieceReader, agree_on_latest, read_manifest, save_checkpoint, step_of
 from hpc_ddpm.config import Config, DataConfig
-from hpc_ddpm.data.dataset import VolumeDataset, to_unit_range
-from hpc_ddpm.data.labels import one_hot
-from hpc_ddpm.data.sampler import StepBatches, build_loader
+from hpc_ddpm.data.dataset import Batch, Expand, VolumeDataset
+from hpc_ddpm.data.loader import build_loader, copy_ahead
+from hpc_ddpm.data.sampler import StepBatches
 from hpc_ddpm.diffusion.gaussian import draw_training, training_loss
 from hpc_ddpm.diffusion.schedules import Schedule, build_schedule
 from hpc_ddpm.distributed import Ranks, StopFlag, all_reduce_mean
@@ -94,11 +94,12 @@ def train(
         }
         save_checkpoint(root, step, facts, engine.write, ranks, training.keep_checkpoints)
 
-    loader = iter(build_loader(dataset, batches, config.data.num_workers))
+    loader = copy_ahead(build_loader(dataset, batches, config.data.num_workers), device)
+    expand = Expand(config.data.labels)
     with StopFlag() as stop:
         while step < training.num_steps and not stopped_by:
             rate = learning_rate(training, step)
-            losses = list(_micro_steps(engine, config, schedule, loader, batches, step, rate, meter, device))
+            losses = list(_micro_steps(engine, config, schedule, loader, expand, batches, step, rate, meter, device))
             if (step + 1) % training.ema_every_steps == 0:
                 engine.ema.update()
             step += 1
@@ -163,7 +164,8 @@ def _micro_steps(
     engine: Engine,
     config: Config,
     schedule: Schedule,
-    loader: Iterator[Any],
+    loader: Iterator[Batch],
+    expand: Expand,
     batches: StepBatches,
     step: int,
     rate: float,
@@ -174,8 +176,7 @@ def _micro_steps(
     for micro_step in range(batches.accumulation):
         with meter.waiting():
             batch = next(loader)
-        x_start = to_unit_range(batch["image"].to(device, non_blocking=True))
-        condition = one_hot(batch["mask"].to(device, non_blocking=True), config.data.labels)
+        x_start, condition = expand(batch["image"], batch["mask"])
         samples = batches.sample_indices(step, micro_step)
         draw = draw_training(config.seed, samples, x_start.shape[1:], config.diffusion, device)
         off_value = config.data.labels.off_value

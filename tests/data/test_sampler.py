@@ -1,9 +1,3 @@
-import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 
 from hpc_ddpm.data.sampler import StepBatches, dataset_index
@@ -56,38 +50,3 @@ def test_sample_indices_name_what_is_drawn() -> None:
 def test_a_batch_that_does_not_divide() -> None:
     with pytest.raises(ConfigError, match=r"training.global_batch=6 is not a multiple of micro_batch x ranks = 2 x 2"):
         StepBatches(5, 0, 0, 1, 6, 2, 0, 2)
-
-
-SIGNALS = """
-    import os, signal, time
-    import torch
-    from hpc_ddpm.data.sampler import StepBatches, build_loader
-
-    class Numbers(torch.utils.data.Dataset):
-        def __len__(self):
-            return 4
-        def __getitem__(self, index):
-            return {"index": index, "worker": os.getpid()}
-
-    loader = iter(build_loader(Numbers(), StepBatches(4, 0, 0, 50, 1, 1, 0, 1), 1))
-    worker = int(next(loader)["worker"])
-    assert worker != os.getpid()
-    if os.fork() == 0:  # signals that do not come from the trainer
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-            os.kill(worker, number)
-            time.sleep(0.1)
-        os._exit(0)
-    os.wait()
-    for _ in range(20):
-        assert int(next(loader)["worker"]) == worker
-    print("served", flush=True)
-    keep = globals()["loader"]  # alive at exit, as after an exception in a training loop
-"""
-
-
-def test_workers_outlive_the_schedulers_signals_but_not_the_trainer(tmp_path: Path) -> None:
-    script = tmp_path / "signals.py"
-    script.write_text(textwrap.dedent(SIGNALS))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "served\n"), done.stderr
-    assert signal.SIGTERM.name not in done.stderr

@@ -1,0 +1,125 @@
+"""The volumes of an open shard, past HDF5's filters: one read, one decode into the caller's buffer, one CRC-32.
+
+HDF5 itself decodes under one lock, into memory of its own, and adds a slow checksum. Here threads read at the same
+time: reading, decoding and checking all release the GIL.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import cramjam
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from zlib_ng import zlib_ng
+
+FLETCHER32, LZ4, ZSTD = 3, 32004, 32015
+FLETCHER32_BYTES = 4
+VOLUMES = ("image", "mask")
+UNDECODABLE = (OSError, ValueError, KeyError, RuntimeError, struct.error, cramjam.DecompressionError)
+
+_thread = threading.local()
+
+
+def crc32(volume: NDArray[Any]) -> int:
+    """CRC-32 of a C-contiguous array's bytes, the one of zlib, gzip and PNG."""
+    return zlib_ng.crc32(volume.data)
+
+
+class OpenShard:
+    """One shard, open in this process for all its threads; it closes when nobody holds it any more."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self.file = file
+        self._descriptor: int = file.id.get_vfd_handle()
+        self._layout = {name: _Layout.of(file[name]) for name in VOLUMES}
+
+    def read(self, name: str, row: int, out: NDArray[Any]) -> list[int]:
+        """Fill `out` with a row of image or mask; the CRC-32 of each of its volumes.
+
+        Args:
+            name: image or mask.
+            row: of the shard.
+            out: C-contiguous, of the row's shape and dtype.
+
+        Raises:
+            UNDECODABLE: what is stored cannot be decoded to this shape and dtype.
+        """
+        layout, chunks = self._layout[name], self.file[name].id
+        volumes = out if name == "image" else out[None]
+        if (volumes.shape[1:], out.dtype) != (layout.shape, layout.dtype):
+            raise ValueError(f"{volumes.shape[1:]} {out.dtype} wanted, {layout.shape} {layout.dtype} stored")
+        checksums = []
+        for channel, volume in enumerate(volumes):
+            where = (row, channel, 0, 0, 0) if name == "image" else (row, 0, 0, 0)
+            stored = chunks.get_chunk_info_by_coord(where)
+            filters = [code for i, code in enumerate(layout.filters) if not stored.filter_mask >> i & 1]
+            self._decode(stored.byte_offset, stored.size, filters, memoryview(volume).cast("B"))
+            checksums.append(crc32(volume))
+        return checksums
+
+    def _decode(self, offset: int, size: int, filters: list[int], out: memoryview) -> None:
+        """One chunk. Its Fletcher-32, at the end, is not looked at: the CRC-32 checks more, and what was decoded."""
+        trailer = bytearray(FLETCHER32_BYTES if filters[-1:] == [FLETCHER32] else 0)
+        compression = filters[: len(filters) - bool(trailer)]
+        data = _scratch(size - len(trailer)) if compression else out
+        if len(data) + len(trailer) != size or os.preadv(self._descriptor, [data, trailer], offset) != size:
+            raise ValueError("wrong size")
+        if compression == [LZ4]:
+            _decode_lz4(data, out)
+        elif compression == [ZSTD]:
+            if cramjam.zstd.decompress_into(data, out) != len(out):
+                raise ValueError("wrong size")
+        elif compression:
+            raise ValueError(f"HDF5 filters {compression} are not of this format")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a dataset's volumes are stored, one per chunk."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    filters: list[int]
+    """HDF5's codes, in the order of writing."""
+
+    @classmethod
+    def of(cls, dataset: h5py.Dataset) -> _Layout:
+        plan = dataset.id.get_create_plist()
+        filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
+        return cls(dataset.chunks[-3:], dataset.dtype, filters)
+
+
+def _decode_lz4(data: memoryview, out: memoryview) -> None:
+    """HDF5's LZ4: the decoded size (8 bytes, big-endian) and that of a block (4); then blocks, each after its size (4).
+
+    A block that would not shrink is stored as it is.
+    """
+    total, block = struct.unpack_from(">QI", data)
+    if total != len(out) or not block:
+        raise ValueError("wrong size")
+    position = 12
+    for begin in range(0, total, block):
+        (size,) = struct.unpack_from(">I", data, position)
+        position += 4
+        source, target = data[position : position + size], out[begin : begin + block]
+        if size == len(target):
+            target[:] = source
+        elif cramjam.lz4.decompress_block_into(source, target) != len(target):
+            raise ValueError("wrong size")
+        position += size
+    if position != len(data):
+        raise ValueError("wrong size")
+
+
+def _scratch(size: int) -> memoryview:
+    """This thread's buffer for compressed bytes."""
+    buffer = getattr(_thread, "buffer", b"")
+    if len(buffer) < size:
+        buffer = _thread.buffer = bytearray(size)
+    return memoryview(buffer)[:size]
