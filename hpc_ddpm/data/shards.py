@@ -175,7 +175,7 @@ def build_index(data: dict[str, Any], shards: list[ShardEntry]) -> Index:
 
 
 class Packed:
-    """A packed dataset, open for reading, by any number of threads. Each process opens shards for itself, when needed."""
+    """A packed dataset, open for reading by any number of threads. Each process opens shards when it needs them."""
 
     def __init__(self, path: Path, index: Index, data: DataConfig) -> None:
         self.path = path

@@ -1,0 +1,1 @@
+"""Measuring: contestants in turns, spreads, where it was measured, JSON and Markdown."""

@@ -1,0 +1,54 @@
+"""`hpc-ddpm bench ...`: measure on your own machine, beside what else one might use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.options import ConfigOption, Overrides, Quiet
+
+bench_app = typer.Typer(help="Measure speed, beside what else one might use.", no_args_is_help=True)
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")]
+MarkdownFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write the page to this Markdown file.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Turns of every contestant.")]
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure speed, beside what else one might use."""
+
+
+@bench_app.command()
+def data(
+    config: ConfigOption = "brats_192",
+    overrides: Overrides = None,
+    packed: Annotated[Path | None, typer.Option("--data", help="Packed dataset: read its first subject.")] = None,
+    source: Annotated[Path | None, typer.Option(help="NIfTI: read its first subject. Else a synthetic one.")] = None,
+    med_ddpm: Annotated[
+        Path | None, typer.Option(help="Clone of github mobaidoctor/med-ddpm, to measure its own loader.")
+    ] = None,
+    json_file: JsonFile = None,
+    out: MarkdownFile = None,
+    repeats: Repeats = 15,
+    quiet: Quiet = False,
+) -> None:
+    """Read one subject with everything that can: memory map, HDF5, NIfTI, Zarr, WebDataset, MONAI, Med-DDPM."""
+    from hpc_ddpm.benchmark.data.report import to_markdown
+    from hpc_ddpm.benchmark.data.run import bench_data
+    from hpc_ddpm.benchmark.record import write_report
+    from hpc_ddpm.config import load_config
+    from hpc_ddpm.files import write_text
+    from launch.progress import progress_bar
+
+    settings = load_config(config, overrides or []).config.data
+    with progress_bar("reading", show=not quiet) as update:
+        report = bench_data(settings, data=packed, source=source, med_ddpm=med_ddpm, repeats=repeats, progress=update)
+    if json_file is not None:
+        write_report(json_file, report)
+    page = to_markdown(report)
+    if out is not None:
+        write_text(out, page)
+    typer.echo(page, nl=False)
