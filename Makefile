@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    && $(PYTHON) -m venv --clear $(VENV); } || \
 	  { echo "cannot make a virtual environment; install the package python3-venv"; exit 2; }
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,mpi,test,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,mpi,test,dev,bench]'
 	@touch $@
 
 demo: install    ## the main job end to end, about 5 minutes on 2 cores

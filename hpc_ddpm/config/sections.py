@@ -81,7 +81,7 @@ class DataConfig(Section):
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of subjects held out (at least one where there are two), chosen by a hash of the subject id."""
     num_workers: int = Field(default=2, ge=0)
-    """Reader processes per rank; 0 reads in the training process."""
+    """Threads per rank that read ahead; 0 reads when a batch is needed."""
     labels: LabelsConfig = LabelsConfig()
 
     @property

@@ -3,8 +3,8 @@
 A packed dataset is a folder: index.json (written last) and shard-NNNNN.h5. In a shard, N rows, C modalities,
 K labels; volumes are C Z Y X, shapes and affines X Y Z:
 
-    image           int16 (x32767) or float32 (N, C, Z, Y, X), one volume per chunk, LZ4 + fletcher32
-    mask            uint8 (N, Z, Y, X), one volume per chunk, Zstandard + fletcher32
+    image           int16 (x32767) or float32 (N, C, Z, Y, X), one volume per chunk, LZ4 or nothing + fletcher32
+    mask            uint8 (N, Z, Y, X), one volume per chunk, Zstandard or nothing + fletcher32
     id, source      UTF-8 (N,), fixed length: subject; hash of its files' sizes and times when packed
     affine          float64 (N, 4, 4), packed voxels to mm;     original_affine: of the file
     original_shape  int32 (N, 3), of the file

@@ -35,7 +35,7 @@ def bench_data(
     source: Path | None = None,
     med_ddpm: Path | None = None,
     repeats: int = 15,
-    workers: Sequence[int] = WORKERS,
+    workers: Sequence[int] | None = None,
     progress: Progress = lambda done, total, note: None,
 ) -> Report:
     """Read one subject in every way, warm, cold, and with workers.
@@ -46,14 +46,14 @@ def bench_data(
         source: NIfTI to take it from.
         med_ddpm: clone; None measures a loader like it.
         repeats: turns of every contestant; a third of them with workers.
-        workers: numbers of readers.
+        workers: numbers of readers; None is WORKERS.
         progress: called with (done turns, all turns, contestant).
 
     Raises:
         DataFormatError: `data` or `source` is not usable.
         ConfigError: `med_ddpm` is not usable.
     """
-    where = environment(PACKAGES.values())
+    where, workers = environment(PACKAGES.values()), WORKERS if workers is None else workers
     with tempfile.TemporaryDirectory(prefix="hpc_ddpm-bench-") as name:
         folder = Path(name)
         sample = make_sample(config, folder, data, source)
