@@ -254,9 +254,9 @@ def test_every_kind_has_something_to_do() -> None:
 
 
 def test_training_meets_the_same_damage(packed: Path, shard: Path) -> None:
-    begin, end, subject = voxel_bytes(shard)[0]
+    begin, _, subject = voxel_bytes(shard)[0]
     damaged = bytearray(shard.read_bytes())
-    damaged[(begin + end) // 2] ^= 1
+    damaged[begin + 17] ^= 1  # among the first voxels, which LZ4 keeps as they are
     shard.write_bytes(damaged)
     assert hit(verify(packed)) == {subject}
     dataset = open_packed(packed)

@@ -22,7 +22,7 @@ from hpc_ddpm.config import DataConfig
 
 WORKERS = (0, 1, 2, 4)
 MB = 1e6
-MIN_TURN_S = 0.5
+MIN_TURN_S = 0.3
 """A turn with workers reads volumes for at least about this long."""
 MAX_VOLUMES_PER_TURN = 200
 Progress = Callable[[int, int, str], None]
