@@ -34,8 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
+from hpc_ddpm.data.geometry import Geometry
 from hpc_ddpm.data.nifti import Affine
-from hpc_ddpm.data.preprocess import Geometry
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import write_json
 
@@ -239,7 +239,9 @@ class Packed:
         """What `restore` needs to put a volume back on the subject's own grid."""
         x, y, z = (int(side) for side in self._value("original_shape", index))
         rows = tuple(tuple(float(value) for value in row) for row in self._value("original_affine", index))
-        return Geometry((x, y, z), rows, self.data.orientation, self.data.fit, self.data.size)
+        data = self.data
+        geometry = Geometry((x, y, z), rows, data.orientation, data.fit, data.size, data.voxel_size_mm)
+        return geometry.placed(self.affine(index))
 
     def _fill(self, name: str, index: int, out: Array) -> None:
         try:

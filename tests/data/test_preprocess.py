@@ -7,9 +7,10 @@ import pytest
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.discover import Subject
+from hpc_ddpm.data.geometry import Geometry, restore
 from hpc_ddpm.data.intensity import normalize
 from hpc_ddpm.data.nifti import write_nifti
-from hpc_ddpm.data.preprocess import Geometry, prepare, prepare_mask, restore
+from hpc_ddpm.data.preprocess import prepare, prepare_mask
 from hpc_ddpm.errors import DataFormatError
 
 FILE = Path("i.nii")
