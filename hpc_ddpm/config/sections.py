@@ -142,7 +142,7 @@ class DataConfig(Section):
         if self.voxel_size_mm and min(self.voxel_size_mm) <= 0:
             raise ValueError(f"voxel_size_mm must be positive, found {self.voxel_size_mm}")
         if self.voxel_size_mm and self.fit == "resize":
-            raise ValueError("fit=resize sets the voxel size itself; remove voxel_size_mm or use fit=crop_pad")
+            raise ValueError("fit=resize sets the voxel size itself; use voxel_size_mm=null or fit=crop_pad")
         if self.crop_center == "head" and self.fit != "crop_pad":
             raise ValueError(f"crop_center=head needs fit=crop_pad, found fit={self.fit}")
         unknown = {name for hook in self.hooks for name in hook.modalities} - set(self.modalities)

@@ -125,12 +125,14 @@ def _read_slice(reader: Any, path: Path) -> Slice:
         reader.SetImageIO("GDCMImageIO")
         reader.ReadImageInformation()
         if reader.GetNumberOfComponents() != 1:
-            raise DataFormatError(f"{path}: a colour image found, numbers expected; leave the series out")
+            raise DataFormatError(f"{path.parent}: a colour image found, numbers expected; leave the series out")
         tags = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
         slope, intercept = float(tags.get("0028|1053", 1)), float(tags.get("0028|1052", 0))
         position, across = np.array(reader.GetOrigin()), np.array(reader.GetDirection()).reshape(3, 3)
     except RuntimeError as error:
-        raise DataFormatError(f"{path}: damaged or not a DICOM image ({_last(error)}); copy it again") from None
+        raise DataFormatError(
+            f"{path.parent}: {path.name} is damaged or not a DICOM image ({_last(error)}); copy it again"
+        ) from None
     return Slice(
         path,
         tags.get("0020|000e", "").strip("\0 "),

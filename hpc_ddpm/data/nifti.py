@@ -22,7 +22,7 @@ from hpc_ddpm.data.dicom import is_series, read_series, read_slices, series_file
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import atomic_path
 
-SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
+SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".NII.GZ", ".NII", ".MGZ", ".MGH")
 _UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error)
 
 Affine = NDArray[np.float64]
@@ -55,8 +55,8 @@ class Header:
 
 
 def is_nifti(path: Path) -> bool:
-    """Whether the name ends in .nii, .nii.gz, .mgz or .mgh, in any case."""
-    return path.name.lower().endswith(SUFFIXES)
+    """Whether the name ends in .nii, .nii.gz, .mgz or .mgh, in lower or upper case."""
+    return path.name.endswith(SUFFIXES)
 
 
 def is_volume(path: Path) -> bool:
@@ -71,7 +71,7 @@ def volume_files(path: Path) -> list[Path]:
 
 def stem(path: Path) -> str:
     """The name without its NIfTI suffix."""
-    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
+    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), "")
     return path.name[: len(path.name) - len(suffix)]
 
 
@@ -239,6 +239,8 @@ def _open(path: Path) -> Any:
     if not is_nifti(path):
         raise DataFormatError(f"{path}: not a NIfTI name; expected one ending in .nii, .nii.gz, .mgz or .mgh")
     try:
+        if path.name.lower().endswith(".mgh"):  # nibabel would leave it open
+            return nib.MGHImage.from_bytes(path.read_bytes())
         return nib.load(path)
     except _UNREADABLE as error:
         raise _damaged(path, error) from None

@@ -22,6 +22,7 @@ import json
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -55,7 +56,12 @@ def shard_name(number: int) -> str:
 
 def config_digest(config: DataConfig) -> str:
     """Hash of the settings that decide what is packed (first 12 hexadecimal digits of SHA-256)."""
-    content = config.model_dump(mode="json", exclude={"path", "num_workers"})
+    return settings_digest(config.model_dump(mode="json"))
+
+
+def settings_digest(data: Mapping[str, Any]) -> str:
+    """`config_digest` of settings as they are stored, with those alone that there were when they were stored."""
+    content = {name: value for name, value in data.items() if name not in ("path", "num_workers")}
     return sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 

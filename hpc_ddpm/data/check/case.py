@@ -29,6 +29,7 @@ REFUSALS = {
     "(Expected ": "truncated",
     "damaged or not": "unreadable",
     "cannot be decoded": "unreadable",
+    "no DICOM files found": "dicom-series",
     "in one folder, one expected": "dicom-series",
     "duplicate slices": "dicom-series",
     "missing slices": "dicom-series",

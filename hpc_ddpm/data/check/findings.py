@@ -41,7 +41,9 @@ SOURCE_KINDS: dict[str, Kind] = {
     "voxel-size-outlier": Kind("warning", "set data.voxel_size_mm, or leave it out"),
     "size-mixed": Kind("note", "nothing: data.fit brings all to data.size"),
     "size-mismatch": Kind("error", "use data.fit=crop_pad or data.fit=resize, or another data.size"),
-    "labels-cut": Kind("warning", "raise data.size, or use data.fit=resize, so that the labels lie inside"),
+    "labels-cut": Kind(
+        "warning", "raise data.size, or use data.crop_center=head or data.fit=resize, so that they lie inside"
+    ),
     "label-vanishes": Kind("warning", "raise data.size: after resampling nothing of the label is left"),
     "flipped": Kind("warning", "compare them in a viewer; flip the voxels, or the affine, of the wrong one"),
     "mask-off-image": Kind("error", "check that mask and image are of one subject and one space"),
