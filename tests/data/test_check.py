@@ -281,6 +281,14 @@ def test_there_is_a_fault_for_every_kind() -> None:
     assert len(FAULTS) >= 20
 
 
+def test_other_voxel_sizes_are_no_finding_where_all_are_resampled(cohort: Path) -> None:
+    edit_all(cohort, same, np.diag([10.0, 10, 25, 1]))
+    plain = {finding.kind for finding in check(cohort, config()).findings}
+    resampled = {finding.kind for finding in check(cohort, config(voxel_size_mm=(20, 20, 20))).findings}
+    assert plain == {"anisotropic", "voxel-size-outlier"}
+    assert not resampled & {*plain, "labels-cut"}
+
+
 def test_what_is_refused_by_pack_is_an_error_here(cohort: Path) -> None:
     """The subject alone is named; the others stay without a finding."""
     plant_truncated(cohort)

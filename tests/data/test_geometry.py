@@ -86,8 +86,9 @@ def test_orientation_voxel_size_and_crop_are_those_of_monai(
 
 
 def smooth(shape: Any) -> np.ndarray:
+    """A hill aside of the middle."""
     z, y, x = np.meshgrid(*[np.linspace(-1, 1, side) for side in shape], indexing="ij")
-    return np.exp(-3 * (x**2 + y**2 + z**2)).astype(np.float32)
+    return np.exp(-3 * ((x - 0.2) ** 2 + (y + 0.3) ** 2 + (z - 0.1) ** 2)).astype(np.float32)
 
 
 def test_a_resampled_volume_returns_to_the_grid_of_its_file(tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
