@@ -16,6 +16,8 @@ from hpc_ddpm.errors import ConfigError, DataFormatError
 
 Floats = NDArray[np.float64]
 SUFFIXES = (".dcm", ".ima")
+OTHERS = (".gz", ".nii", ".mgz", ".mgh", ".json")
+"""Suffixes of files that need no look inside."""
 MAGIC_AT, MAGIC = 128, b"DICM"
 MAX_TILT, MAX_UNEVEN, SAME_PLACE_MM = 1e-3, 0.05, 1e-3
 """Between orientations; of the usual distance of slices; between slices."""
@@ -167,12 +169,11 @@ def _read_frames(sitk: Any, only: Slice) -> tuple[NDArray[np.float32], Floats]:
 
 
 def _is_dicom(path: Path) -> bool:
-    if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
+    suffix = path.suffix.lower()
+    if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or suffix in OTHERS or not path.is_file():
         return False
-    if path.suffix.lower() in SUFFIXES:
+    if suffix in SUFFIXES:
         return True
-    if path.suffix.lower() in (".gz", ".nii", ".json"):
-        return False
     with path.open("rb") as file:
         file.seek(MAGIC_AT)
         return file.read(len(MAGIC)) == MAGIC

@@ -54,6 +54,7 @@ def test_resampled_voxels_lie_where_the_affine_says(voxel_size: tuple[float, flo
 FINER, COARSER = {1.0: 0.75, 1.5: 1.1, 2.0: 1.3}, {1.0: 3.0, 1.5: 3.3, 2.0: 5.2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("is_label", "change"), [(False, FINER), (True, FINER), (True, COARSER)])
 def test_orientation_voxel_size_and_crop_are_those_of_monai(
     tmp_path: Path, is_label: bool, change: dict[float, float]
