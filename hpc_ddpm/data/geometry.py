@@ -79,14 +79,17 @@ class Geometry:
 
     def around(self, box: Box) -> Geometry:
         """This, with crop_pad around the middle of a box of the resampled volume."""
-        return replace(self, start=_start_around(box, self.size))
+        return self._starting(_start_around(box, self.size))
 
     def placed(self, affine: Affine) -> Geometry:
         """This, with crop_pad where the affine of the packed volume says."""
         if self.fit != "crop_pad":
             return self
         x, y, z = np.rint(np.linalg.solve(self.resampled[1], affine)[:3, 3]).astype(int).tolist()
-        return replace(self, start=(x, y, z))
+        return self._starting((x, y, z))
+
+    def _starting(self, start: Shape3) -> Geometry:
+        return self if start == self.crop_start else replace(self, start=start)
 
 
 def resample(volume: Array, geometry: Geometry) -> Array:
