@@ -51,27 +51,58 @@ class LabelsConfig(Section):
         return self
 
 
+class HookConfig(Section):
+    """A program that every image goes through before anything else; a plain list is its command."""
+
+    command: tuple[str, ...] = Field(min_length=1)
+    """Program and arguments; `{image}` and `{output}`, each an argument of its own, become NIfTI paths."""
+    modalities: Names = ()
+    """Images that it is for; none named is all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return {"command": value} if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> HookConfig:
+        absent = [name for name in ("{image}", "{output}") if name not in self.command[1:]]
+        if absent:
+            raise ValueError(f"command {list(self.command)} has no argument {' and no '.join(absent)}")
+        return self
+
+
 class DataConfig(Section):
     """What is packed and how it reaches the network."""
 
     path: str = ""
     """Packed dataset (a directory with index.json) that training and sampling read."""
-    layout: Literal["auto", "tree", "brats_raw", "table"] = "auto"
-    """How the source is organised: mask/ + one folder per modality, one folder per BraTS case, or a table."""
+    layout: Literal["auto", "tree", "brats_raw", "bids", "table"] = "auto"
+    """How the source is organised: mask/ + one folder per modality, one folder per BraTS case, BIDS, or a table."""
     modalities: Names = ("t1",)
     """Image channels, in order."""
     size: tuple[int, int, int] = (128, 128, 128)
     """Packed size in voxels, (X, Y, Z) of the oriented NIfTI."""
     orientation: str = Field(default="RAS", pattern=r"^[LRAPSI]{3}$|^native$")
     """Axis codes every volume is brought to, or `native` to keep the file's own order."""
+    hooks: tuple[HookConfig, ...] = ()
+    """Programs that images go through first, such as bias-field correction; run by `pack`, in this order."""
+    voxel_size_mm: tuple[float, float, float] | None = None
+    """Resample to this voxel size, (X, Y, Z) after orientation, before the fit; null keeps the file's."""
     fit: Literal["crop_pad", "resize", "exact"] = "crop_pad"
-    """How a volume of another size becomes `size`: centre crop/pad, resample the field of view, or refuse."""
-    normalization: Literal["percentile", "window", "med_ddpm_whole_head", "med_ddpm_brats", "none"] = "percentile"
-    """Intensities to [-1, 1]: per-volume percentiles, a fixed window (HU), or Med-DDPM's own two ways."""
+    """How a volume of another size becomes `size`: crop/pad, resample the field of view, or refuse."""
+    crop_center: Literal["volume", "head"] = "volume"
+    """Middle of crop_pad: of the volume, or of the box around what is not background."""
+    normalization: Literal["percentile", "window", "zscore", "med_ddpm_whole_head", "med_ddpm_brats", "none"] = (
+        "percentile"
+    )
+    """Intensities to [-1, 1]: percentiles, a window (HU), mean and std in the head, or Med-DDPM's own two ways."""
     low: float = 0.5
     """Lower percentile, or lower end of the window."""
     high: float = 99.5
     """Upper percentile, or upper end of the window."""
+    zscore_clip: float = Field(default=3.0, gt=0)
+    """Standard deviations from the mean that become -1 and 1 under zscore."""
     storage_dtype: Literal["int16", "float32"] = "int16"
     """On disk: int16 (largest error 1.5e-5) or float32 (lossless)."""
     compression: Literal["lz4", "none"] = "lz4"
@@ -110,6 +141,15 @@ class DataConfig(Section):
             raise ValueError(f"low must be below high, found {self.low} and {self.high}")
         if self.normalization == "percentile" and not 0 <= self.low < self.high <= 100:
             raise ValueError(f"percentiles must lie in 0..100, found {self.low} and {self.high}")
+        if self.voxel_size_mm and min(self.voxel_size_mm) <= 0:
+            raise ValueError(f"voxel_size_mm must be positive, found {self.voxel_size_mm}")
+        if self.voxel_size_mm and self.fit == "resize":
+            raise ValueError("fit=resize sets the voxel size itself; use voxel_size_mm=null or fit=crop_pad")
+        if self.crop_center == "head" and self.fit != "crop_pad":
+            raise ValueError(f"crop_center=head needs fit=crop_pad, found fit={self.fit}")
+        unknown = {name for hook in self.hooks for name in hook.modalities} - set(self.modalities)
+        if unknown:
+            raise ValueError(f"hooks are for {sorted(unknown)}, not among modalities {list(self.modalities)}")
         return self
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data.nifti import is_nifti, stem
+from hpc_ddpm.data.bids import MASK, is_bids, read_bids
+from hpc_ddpm.data.nifti import is_volume, stem
 from hpc_ddpm.data.table import TABLE_SUFFIXES, read_table, table_modalities
 from hpc_ddpm.errors import DataFormatError
 
@@ -17,7 +18,6 @@ IMAGE_FOLDERS = ("image", "images")
 MASK_ENDINGS = ("seg", "mask", "label", "labels")
 ALIASES = {"t1": ("t1n",), "t1ce": ("t1c", "t1gd"), "t2": ("t2w",), "flair": ("t2f",)}
 """BraTS-2023 names of the modalities, besides their own."""
-MASK = "mask"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Discovery:
     """What a source holds."""
 
     layout: str
-    """tree, brats_raw or table."""
+    """tree, brats_raw, bids or table."""
     subjects: tuple[Subject, ...]
     """Complete ones, sorted by id."""
     unmatched: tuple[Unmatched, ...]
@@ -73,12 +73,7 @@ def discover(source: str | Path, config: DataConfig) -> Discovery:
     """
     source = Path(source)
     layout = find_layout(source) if config.layout == "auto" else config.layout
-    readers: dict[str, Callable[[Path, tuple[str, ...]], _Files]] = {
-        "tree": _read_tree,
-        "brats_raw": _read_cases,
-        "table": _read_rows,
-    }
-    files = readers[layout](source, config.modalities)
+    files = _read(layout, source, config.modalities)
     subjects, unmatched = _pair(files, config.modalities)
     if not subjects:
         some = "; ".join(str(entry) for entry in unmatched[:3])
@@ -90,7 +85,7 @@ def discover(source: str | Path, config: DataConfig) -> Discovery:
 
 
 def find_layout(source: Path) -> str:
-    """`table` for a table, `tree` for a folder with a mask folder, `brats_raw` for one folder per case.
+    """`table` for a table, `tree` for a folder with a mask folder, `bids`, or `brats_raw` for one folder per case.
 
     Raises:
         DataFormatError: none of these; says what is there.
@@ -103,35 +98,36 @@ def find_layout(source: Path) -> str:
     folders = _folders(source)
     if any(folder.name.lower() in MASK_FOLDERS for folder in folders):
         return "tree"
+    if is_bids(source):
+        return "bids"
     if any(_ending(stem(path), MASK_ENDINGS) for case in _cases(source) for path in _volumes(case)):
         return "brats_raw"
     names = ", ".join(sorted(entry.name for entry in source.iterdir())[:8]) or "nothing"
     raise DataFormatError(
         f"{source}: found {names}; expected a folder called {', '.join(MASK_FOLDERS)} beside one per "
-        "modality, or one folder per case with a *_seg file"
+        "modality, sub-*/anat (BIDS), or one folder per case with a *_seg file"
     )
 
 
 def find_masks(path: str | Path) -> list[tuple[str, Path]]:
-    """(subject id, mask), sorted, of one file, a folder of masks, a tree, a folder of cases or a table.
+    """(subject id, mask), sorted, of one volume, a folder of masks, or any layout.
 
     Raises:
         DataFormatError: no mask there, or one id twice.
     """
     path = Path(path)
-    if path.is_file() and is_nifti(path):
+    if path.exists() and is_volume(path):
         return [(_subject_id(path, MASK_ENDINGS), path)]
     if path.is_dir() and _volumes(path):
         masks = [(_subject_id(file, MASK_ENDINGS), file) for file in _volumes(path)]
     else:
-        layout = find_layout(path)
-        files = {"tree": _read_tree, "brats_raw": _read_cases, "table": _read_rows}[layout](path, ())
+        files = _read(find_layout(path), path, ())
         masks = [(subject, file) for (subject, role), group in files.found.items() if role == MASK for file in group]
     twice = [subject for subject, count in Counter(subject for subject, _ in masks).items() if count > 1]
     if twice:
         raise DataFormatError(f"{path}: more than one mask for {', '.join(sorted(twice)[:5])}; keep one of each")
     if not masks:
-        raise DataFormatError(f"{path}: no masks found; expected .nii, .nii.gz or .mgz label volumes")
+        raise DataFormatError(f"{path}: no masks found; expected .nii, .nii.gz, .mgz or .mgh label volumes")
     return sorted(masks)
 
 
@@ -146,12 +142,25 @@ def source_modalities(source: str | Path) -> tuple[str, ...]:
         return table_modalities(source)
     if layout == "brats_raw":
         return tuple(ALIASES)
+    if layout == "bids":
+        there = {role for _, role, _ in read_bids(source, tuple(ALIASES))}
+        return tuple(modality for modality in ALIASES if modality in there)
     folders = [folder.name for folder in _folders(source) if _volumes(folder)]
     names = tuple(name for name in folders if name.lower() not in MASK_FOLDERS)
     return ("t1",) if len(names) == 1 and names[0].lower() in IMAGE_FOLDERS else names
 
 
 # ----------------------------------------------------------------------------------------------- layouts
+
+
+def _read(layout: str, source: Path, modalities: tuple[str, ...]) -> _Files:
+    readers: dict[str, Callable[[Path, tuple[str, ...]], _Files]] = {
+        "tree": _read_tree,
+        "brats_raw": _read_cases,
+        "bids": _read_bids,
+        "table": _read_rows,
+    }
+    return readers[layout](source, modalities)
 
 
 def _read_tree(source: Path, modalities: tuple[str, ...]) -> _Files:
@@ -186,13 +195,20 @@ def _read_cases(source: Path, modalities: tuple[str, ...]) -> _Files:
     return files
 
 
+def _read_bids(source: Path, modalities: tuple[str, ...]) -> _Files:
+    files = _Files()
+    for subject, role, path in read_bids(source, modalities):
+        files.add(subject, role, path)
+    return files
+
+
 def _read_rows(source: Path, modalities: tuple[str, ...]) -> _Files:
     files = _Files()
     for row in read_table(source, modalities):
         if row.split:
             files.splits[row.subject] = row.split
         for role, path in row.files.items():
-            if path.is_file():
+            if path.exists():
                 files.add(row.subject, role, path)
             else:
                 files.unmatched.append(Unmatched(path, f"{row.place}: no such file"))
@@ -220,7 +236,7 @@ def _pair(files: _Files, modalities: tuple[str, ...]) -> tuple[tuple[Subject, ..
 
 
 def _volumes(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if is_nifti(path) and not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if is_volume(path) and not path.name.startswith("."))
 
 
 def _folders(folder: Path) -> list[Path]:

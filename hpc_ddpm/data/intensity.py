@@ -14,13 +14,16 @@ from hpc_ddpm.errors import DataFormatError
 Volume32 = NDArray[np.float32]
 
 
-def normalize(volume: Volume32, config: DataConfig, path: Path) -> tuple[Volume32, Volume32]:
+def normalize(
+    volume: Volume32, config: DataConfig, path: Path, inside: NDArray[np.bool_] | None = None
+) -> tuple[Volume32, Volume32]:
     """Intensities of one modality to [-1, 1] by `config.normalization`.
 
     Args:
         volume: (D, H, W), finite.
-        config: names the way and, for percentiles and window, `low` and `high`.
+        config: names the way and its numbers: `low` and `high`, or `zscore_clip`.
         path: of the image, for messages.
+        inside: (D, H, W), where zscore takes mean and standard deviation; None or nowhere is the whole volume.
 
     Returns:
         The volume, and (2,) float32: the intensities that became -1 and 1 (of the whole volume where Med-DDPM
@@ -46,6 +49,8 @@ def normalize(volume: Volume32, config: DataConfig, path: Path) -> tuple[Volume3
         low, high = config.low, config.high
     elif config.normalization == "percentile":
         low, high = _percentiles(volume, config, path)
+    elif config.normalization == "zscore":
+        low, high = _around_mean(volume if inside is None or not inside.any() else volume[inside], config, path)
     return _scale(volume, low, high), np.array([low, high], np.float32)
 
 
@@ -57,6 +62,13 @@ def _percentiles(volume: Volume32, config: DataConfig, path: Path) -> tuple[floa
             "the image is almost constant: raise data.high or leave the subject out"
         )
     return low, high
+
+
+def _around_mean(values: Volume32, config: DataConfig, path: Path) -> tuple[float, float]:
+    mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+    if not std:
+        raise DataFormatError(f"{path}: every voxel is {mean:g} inside the head; leave the subject out")
+    return mean - config.zscore_clip * std, mean + config.zscore_clip * std
 
 
 def _scale(volume: Volume32, low: Any, high: Any) -> Volume32:

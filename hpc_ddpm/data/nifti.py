@@ -1,4 +1,4 @@
-"""NIfTI (and .mgz) to and from arrays: the only user of nibabel and the only place where axes are swapped.
+"""NIfTI to and from arrays (.mgz, .mgh, DICOM too): the only user of nibabel, the only place where axes are swapped.
 
 On disk X Y Z [C]; in memory [C] D H W with D, H, W = Z, Y, X. Affines are 4x4, X, Y, Z voxels to mm (RAS+).
 """
@@ -18,10 +18,11 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import DTypeLike, NDArray
 
+from hpc_ddpm.data.dicom import is_series, read_series, read_slices, series_files
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import atomic_path
 
-SUFFIXES = (".nii.gz", ".nii", ".mgz", ".NII.GZ", ".NII", ".MGZ")
+SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".NII.GZ", ".NII", ".MGZ", ".MGH")
 _UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error)
 
 Affine = NDArray[np.float64]
@@ -54,8 +55,18 @@ class Header:
 
 
 def is_nifti(path: Path) -> bool:
-    """Whether the name ends in .nii, .nii.gz or .mgz, in lower or upper case."""
+    """Whether the name ends in .nii, .nii.gz, .mgz or .mgh, in lower or upper case."""
     return path.name.endswith(SUFFIXES)
+
+
+def is_volume(path: Path) -> bool:
+    """Whether `read_nifti` takes it: by its name, or as a folder of DICOM files."""
+    return is_nifti(path) or is_series(path)
+
+
+def volume_files(path: Path) -> list[Path]:
+    """The files that a volume consists of."""
+    return series_files(path) if path.is_dir() else [path]
 
 
 def stem(path: Path) -> str:
@@ -74,13 +85,14 @@ def read_nifti(
     """Read a volume with its scale factors applied and its axes brought to `orientation`.
 
     Args:
-        path: a .nii, .nii.gz or .mgz file.
+        path: a .nii, .nii.gz, .mgz or .mgh file, or a folder with one DICOM series.
         orientation: axis codes such as RAS or LPS, or `native`.
         dtype: of the result; None keeps the file's own (float64 where the file has scale factors).
         channels: accept 4-D files, as (C, D, H, W); else a 4-D file must hold a single volume.
 
     Raises:
         DataFormatError: missing, damaged or not a volume; names the file.
+        ConfigError: a DICOM series, and its reader is not installed.
     """
     path = Path(path)
     data, affine = _load(path, dtype)
@@ -102,7 +114,12 @@ def read_header(path: str | Path) -> Header:
     Raises:
         DataFormatError: missing or damaged; names the file.
     """
-    image = _open(Path(path))
+    path = Path(path)
+    if path.is_dir():
+        slices = read_slices(path)
+        columns, rows, frames = slices[0].shape
+        return Header((columns, rows, frames * len(slices)), any(one.is_scaled for one in slices), True)
+    image = _open(path)
     slope, offset = getattr(image.dataobj, "slope", 1.0), getattr(image.dataobj, "inter", 0.0)
     codes = [int(image.header.get(name, 1)) for name in ("sform_code", "qform_code")]
     return Header(tuple(image.shape), (float(slope), float(offset)) != (1.0, 0.0), any(codes))
@@ -197,6 +214,9 @@ def _disk_dtype(volume: NDArray[Any], dtype: DTypeLike | None) -> np.dtype[Any]:
 
 def _load(path: Path, dtype: DTypeLike | None) -> tuple[NDArray[Any], Affine]:
     """The array in the order of the file, and its affine."""
+    if path.is_dir():
+        series, placed = read_series(path)
+        return series.astype(dtype or series.dtype, copy=False), placed
     image = _open(path)
     try:
         if path.name.lower().endswith((".gz", ".mgz")):  # at once: a lazy reader never gets to the checksum
@@ -217,8 +237,10 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise DataFormatError(f"{path}: no such file; check the path")
     if not is_nifti(path):
-        raise DataFormatError(f"{path}: not a NIfTI name; expected one ending in .nii, .nii.gz or .mgz")
+        raise DataFormatError(f"{path}: not a NIfTI name; expected one ending in .nii, .nii.gz, .mgz or .mgh")
     try:
+        if path.name.lower().endswith(".mgh"):  # nibabel would leave it open
+            return nib.MGHImage.from_bytes(path.read_bytes())
         return nib.load(path)
     except _UNREADABLE as error:
         raise _damaged(path, error) from None

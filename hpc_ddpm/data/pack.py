@@ -21,6 +21,7 @@ import numpy as np
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.discover import Discovery, Unmatched, discover
+from hpc_ddpm.data.hooks import check_hooks
 from hpc_ddpm.data.plan import Row, build_plan, build_rows, digest_of
 from hpc_ddpm.data.pool import Progress, run_shares
 from hpc_ddpm.data.shards import INDEX, SPLITS, Index, ShardEntry, open_reader, read_index, write_index
@@ -82,8 +83,10 @@ def pack(
 
     Raises:
         DataFormatError: nothing to pack, bad subjects (all of them, by file), or another dataset in `out`.
+        ConfigError: a program of `config.hooks`, or the reader of DICOM files, is not installed.
         ClusterError: `out` cannot be written, is being packed with something else, or a worker was killed.
     """
+    check_hooks(config)
     found, out = discover(source, config), Path(out)
     config = config.model_copy(update={"layout": found.layout, "path": ""})
     rows, num_written, is_complete = build_rows(config, found.subjects), 0, True

@@ -17,6 +17,7 @@ import numpy as np
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.discover import Subject
+from hpc_ddpm.data.nifti import volume_files
 from hpc_ddpm.data.shards import INDEX, SPLITS, Index, ShardEntry, config_digest, open_reader, read_index, shard_name
 from hpc_ddpm.errors import DataFormatError
 
@@ -81,7 +82,8 @@ def build_rows(config: DataConfig, subjects: Sequence[Subject]) -> list[Row]:
     """A row for every subject, in the same order; looks at each file's size and time."""
     settings, rows = config_digest(config), []
     for subject in subjects:
-        stats = [path.stat() for path in (subject.mask, *subject.images.values())]
+        volumes = (subject.mask, *subject.images.values())
+        stats = [file.stat() for volume in volumes for file in volume_files(volume)]
         source = sha256(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()).hexdigest()[:16]
         key = digest_of([settings, subject.id, source])
         rows.append(Row(subject, source, sum(stat.st_size for stat in stats), key))

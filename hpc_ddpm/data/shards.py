@@ -22,6 +22,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -35,8 +36,8 @@ from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.chunks import UNDECODABLE, OpenShard, crc32
+from hpc_ddpm.data.geometry import Geometry
 from hpc_ddpm.data.nifti import Affine
-from hpc_ddpm.data.preprocess import Geometry
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import write_json
 
@@ -56,7 +57,12 @@ def shard_name(number: int) -> str:
 
 def config_digest(config: DataConfig) -> str:
     """Hash of the settings that decide what is packed (first 12 hexadecimal digits of SHA-256)."""
-    content = config.model_dump(mode="json", exclude={"path", "num_workers"})
+    return settings_digest(config.model_dump(mode="json"))
+
+
+def settings_digest(data: Mapping[str, Any]) -> str:
+    """`config_digest` of settings as they are stored, with those alone that there were when they were stored."""
+    content = {name: value for name, value in data.items() if name not in ("path", "num_workers")}
     return sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
@@ -240,7 +246,9 @@ class Packed:
         """What `restore` needs to put a volume back on the subject's own grid."""
         x, y, z = (int(side) for side in self._value("original_shape", index))
         rows = tuple(tuple(float(value) for value in row) for row in self._value("original_affine", index))
-        return Geometry((x, y, z), rows, self.data.orientation, self.data.fit, self.data.size)
+        data = self.data
+        geometry = Geometry((x, y, z), rows, data.orientation, data.fit, data.size, data.voxel_size_mm)
+        return geometry.placed(self.affine(index))
 
     def _fill(self, name: str, index: int, out: Array) -> None:
         try:

@@ -24,10 +24,10 @@ from hpc_ddpm.data.shards import (
     INT16_SCALE,
     Index,
     ShardEntry,
-    config_digest,
     crcs,
     open_reader,
     read_index,
+    settings_digest,
     to_hex,
 )
 from hpc_ddpm.errors import DataFormatError
@@ -44,6 +44,8 @@ class _Shard:
     path: Path
     entry: ShardEntry
     data: DataConfig
+    settings: str
+    """Hash of those in the index."""
 
     @property
     def rows(self) -> dict[int, str]:
@@ -89,7 +91,8 @@ def verify(
         if not (path / INDEX).is_file():
             raise
         return [Finding("index-damaged", str(error).splitlines()[0].removeprefix(f"{path / INDEX}: "))]
-    shards = [_Shard(path / Path(entry["file"]).name, entry, data) for entry in index.shards]
+    settings = settings_digest(index.data)
+    shards = [_Shard(path / Path(entry["file"]).name, entry, data, settings) for entry in index.shards]
     findings = [*_check_index(index), *_check_folder(path, index)]
     judge = partial(_check_shard, deep=deep)
     for number, found in enumerate(ordered_map(judge, shards, num_workers, preload=__name__), start=1):
@@ -202,7 +205,7 @@ def _look_inside(shard: _Shard, deep: bool) -> Findings:
 
 def _check_columns(shard: _Shard, file: h5py.File) -> Findings:
     entry, num_rows = shard.entry, len(shard.entry["id"])
-    if (file.attrs["digest"], file.attrs["config_digest"]) != (entry["digest"], config_digest(shard.data)):
+    if (file.attrs["digest"], file.attrs["config_digest"]) != (entry["digest"], shard.settings):
         yield shard.finding("index-mismatch", f"{shard.path.name} is of other settings or files than the index says")
     if file["id"].shape != (num_rows,):
         yield shard.finding("index-mismatch", f"{file['id'].shape[0]} rows in the shard, {num_rows} in the index")

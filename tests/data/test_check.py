@@ -12,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from dicom_files import write_series
 
 from hpc_ddpm.config import DataConfig, LabelsConfig, load_config
 from hpc_ddpm.data.check.findings import KINDS, SOURCE_KINDS, Finding, by_kind, exit_code
@@ -90,6 +91,13 @@ def plant_short_nii(root: Path) -> None:
 
 def plant_garbage(root: Path) -> None:
     path(root, "t2").write_bytes(gzip.compress(b"not an image" * 100))
+
+
+def plant_gap(root: Path) -> None:
+    """A DICOM series that lacks a slice."""
+    series = write_series(root / "t2" / BAD, np.asarray(nib.load(path(root, "t2")).dataobj).T)
+    path(root, "t2").unlink()
+    (series / "004.dcm").unlink()
 
 
 def plant_bad_affine(root: Path) -> None:
@@ -182,6 +190,7 @@ FAULTS: list[tuple[str, str, Callable[[Path], Any], dict[str, Any]]] = [
     ("half a gz", "truncated", plant_truncated, {}),
     ("half a nii", "truncated", plant_short_nii, {}),
     ("garbage", "unreadable", plant_garbage, {}),
+    ("a slice missing", "dicom-series", plant_gap, {}),
     ("a singular affine", "bad-affine", plant_bad_affine, {}),
     ("four dimensions", "series", lambda r: edit(path(r, "t1"), lambda d: np.stack([d, d], 3)), {}),
     ("slope and intercept", "scaled-integers", plant_scaled, {}),
@@ -270,6 +279,14 @@ def test_a_planted_fault_is_found(
 def test_there_is_a_fault_for_every_kind() -> None:
     assert {fault[1] for fault in FAULTS} == set(SOURCE_KINDS)
     assert len(FAULTS) >= 20
+
+
+def test_other_voxel_sizes_are_no_finding_where_all_are_resampled(cohort: Path) -> None:
+    edit_all(cohort, same, np.diag([10.0, 10, 25, 1]))
+    plain = {finding.kind for finding in check(cohort, config()).findings}
+    resampled = {finding.kind for finding in check(cohort, config(voxel_size_mm=(20, 20, 20))).findings}
+    assert plain == {"anisotropic", "voxel-size-outlier"}
+    assert not resampled & {*plain, "labels-cut"}
 
 
 def test_what_is_refused_by_pack_is_an_error_here(cohort: Path) -> None:

@@ -34,7 +34,7 @@ def test_orientation_keeps_every_voxel_at_its_place(tmp_path: Path, codes: str, 
     np.testing.assert_array_equal(to_file_order(volume.data, volume.file_affine, codes), array.T)
 
 
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a ü.NII.GZ"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a ü.NII.GZ", "ス a.NII"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
 def test_round_trip(tmp_path: Path, name: str, dtype: type) -> None:
     array = np.random.default_rng(1).integers(0, 200, (3, 5, 7)).astype(dtype)
@@ -91,10 +91,14 @@ def test_four_dimensions(tmp_path: Path) -> None:
         read_nifti(tmp_path / "two.nii")
 
 
-def test_mgz(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.mgz", "a.mgh", "ü b.MGZ", "a.MGH"])
+def test_freesurfer_files(tmp_path: Path, name: str) -> None:
     array = np.random.default_rng(0).random((3, 4, 5)).astype(np.float32)
-    nib.save(nib.MGHImage(array, np.diag([2.0, 2, 2, 1])), tmp_path / "a.mgz")
-    np.testing.assert_array_equal(read_nifti(tmp_path / "a.mgz").data, array.T)
+    nib.save(nib.MGHImage(array, np.diag([2.0, 2, 2, 1])), tmp_path / name)
+    (tmp_path / f"link {name}").symlink_to(tmp_path / name)
+    volume = read_nifti(tmp_path / f"link {name}")
+    np.testing.assert_array_equal(volume.data, array.T)
+    np.testing.assert_array_equal(volume.affine, np.diag([2.0, 2, 2, 1]))
     assert stem(tmp_path / "a.b.mgz") == "a.b"
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.discover import Subject
+from hpc_ddpm.data.geometry import Geometry, restore
 from hpc_ddpm.data.intensity import normalize
 from hpc_ddpm.data.nifti import write_nifti
-from hpc_ddpm.data.preprocess import Geometry, prepare, prepare_mask, restore
+from hpc_ddpm.data.preprocess import prepare, prepare_mask
 from hpc_ddpm.errors import DataFormatError
 
 FILE = Path("i.nii")
@@ -70,6 +71,32 @@ def test_window_and_none(tiny: Callable[..., DataConfig]) -> None:
     assert intensity.tolist() == [-160, 240]
     unit = np.array([-1, 0.25, 1], np.float32)
     np.testing.assert_array_equal(normalize(unit, tiny(normalization="none"), FILE)[0], unit)
+
+
+@pytest.mark.parametrize(("has_head", "clip"), [(True, 2), (False, 12)])
+def test_zscore_sees_the_head(
+    tiny: Callable[..., DataConfig],
+    write: Callable[..., Path],
+    tmp_path: Path,
+    box_mask: np.ndarray,
+    has_head: bool,
+    clip: int,
+) -> None:
+    rng = np.random.default_rng(0)
+    inside = box_mask > 0
+    raw = np.where(inside, rng.normal(100, 10, inside.shape), rng.normal(5, 1, inside.shape)).astype(np.float32)
+    mask = box_mask if has_head else np.where(box_mask == 2, box_mask, 0).astype(np.uint8)
+    names = {1: "head", 2: "tumour"} if has_head else {2: "tumour"}
+    config = tiny(normalization="zscore", zscore_clip=clip, labels={"names": names}, size=(8, 10, 20))
+    prepared = prepare(subject(write, tmp_path, mask, t1=raw), config)
+    mean, std = raw[inside].mean(), raw[inside].std()
+    np.testing.assert_allclose(prepared.intensity, [[mean - clip * std, mean + clip * std]], rtol=1e-5)
+    image = prepared.image[0]
+    np.testing.assert_allclose(image[4:16], np.clip((raw - mean) / std / clip, -1, 1), atol=1e-5)
+    assert (image[:4] == image[4:16].min()).all()
+    low, high = prepared.intensity[0]
+    kept = np.abs(image[4:16]) < 1
+    np.testing.assert_allclose(((image[4:16] + 1) / 2 * (high - low) + low)[kept], raw[kept], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import pytest
 
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.discover import find_masks
+from hpc_ddpm.data.geometry import restore
 from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.data.pack import pack
-from hpc_ddpm.data.preprocess import prepare_mask, restore
+from hpc_ddpm.data.preprocess import prepare_mask
 from hpc_ddpm.data.shards import INT16_SCALE, open_packed
 
 BRATS = ("t1", "t1ce", "t2", "flair")

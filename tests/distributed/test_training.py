@@ -137,7 +137,13 @@ def test_every_preset_packs_and_trains(torchrun: Torchrun, tmp_path: Path) -> No
         wide = load_config(preset).config
         factor = wide.model.downsampling_factor
         size = [max(factor, round(side / 6 / factor) * factor) for side in wide.data.size]
-        small = [f"data.size={size}", "data.fit=resize", "data.num_workers=0", "data.val_fraction=0"]
+        small = [
+            f"data.size={size}",
+            "data.fit=resize",
+            "data.voxel_size_mm=null",
+            "data.num_workers=0",
+            "data.val_fraction=0",
+        ]
         small += ["model.base_channels=8", "model.num_groups=8", "model.head_channels=null", "training.num_steps=1"]
         config = load_config(preset, small).config
         folder = tmp_path / preset

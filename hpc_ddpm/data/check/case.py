@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.check.findings import Finding
-from hpc_ddpm.data.check.similarity import foreground, shrink, subsample
+from hpc_ddpm.data.check.similarity import shrink, subsample
 from hpc_ddpm.data.discover import MASK, Subject
+from hpc_ddpm.data.foreground import foreground
 from hpc_ddpm.data.labels import add_foreground, brats_raw_labels, remap_labels
 from hpc_ddpm.data.nifti import Header, Volume, read_header, read_nifti, turn_to_ras
 from hpc_ddpm.data.preprocess import Prepared, grid_distance, prepare
@@ -27,6 +28,12 @@ REFUSALS = {
     "ended before the end": "truncated",
     "(Expected ": "truncated",
     "damaged or not": "unreadable",
+    "cannot be decoded": "unreadable",
+    "no DICOM files found": "dicom-series",
+    "in one folder, one expected": "dicom-series",
+    "duplicate slices": "dicom-series",
+    "missing slices": "dicom-series",
+    "different orientations": "dicom-series",
     "voxels of type": "unreadable",
     "affine": "bad-affine",
     "fractional label": "fractional-labels",

@@ -15,6 +15,7 @@ from hpc_ddpm.data.check.case import Case
 from hpc_ddpm.data.check.findings import Finding
 from hpc_ddpm.data.check.similarity import correlation, mirrored_axis
 from hpc_ddpm.data.discover import MASK
+from hpc_ddpm.data.geometry import resample
 from hpc_ddpm.data.intensity import normalize
 from hpc_ddpm.data.labels import check_present, count_labels, outer_label
 from hpc_ddpm.data.nifti import axis_codes, voxel_size_mm
@@ -64,8 +65,8 @@ def check_grids(case: Case) -> Findings:
 
 
 def check_voxel_size(case: Case) -> Findings:
-    """Voxels far from cubic."""
-    if case.mask is not None:
+    """Voxels far from cubic that stay so."""
+    if case.mask is not None and case.config.voxel_size_mm is None:
         sides = voxel_size_mm(case.mask.file_affine)
         if max(sides) > MAX_ANISOTROPY * min(sides):
             yield case.finding("anisotropic", f"voxels of {_by(sides)} mm", MASK)
@@ -85,8 +86,9 @@ def check_size(case: Case) -> Findings:
     if not isinstance(case.prepared, Prepared) or not isinstance(case.labels, np.ndarray):
         return
     scheme = case.config.labels
-    before, after = count_labels(case.labels, scheme), count_labels(case.prepared.mask, scheme)
-    for (label, name), whole, kept in zip(scheme.names.items(), before.tolist(), after.tolist(), strict=True):
+    before = count_labels(resample(case.labels, case.prepared.geometry), scheme).tolist()
+    after = count_labels(case.prepared.mask, scheme).tolist()
+    for (label, name), whole, kept in zip(scheme.names.items(), before, after, strict=True):
         if whole and not kept and label != scheme.foreground_label:
             yield case.finding("label-vanishes", f"{whole} voxels of {label} ({name}), none after the fit", MASK)
         elif case.config.fit == "crop_pad" and whole - kept > MAX_CUT_SHARE * whole:

@@ -70,7 +70,7 @@ def check_cohort(cases: Sequence[Facts], config: DataConfig) -> list[Finding]:
     """What only a comparison of subjects shows."""
     return [
         *_mixed_orientations(cases, config),
-        *_voxel_size_outliers(cases),
+        *(_voxel_size_outliers(cases) if config.voxel_size_mm is None else ()),
         *_mixed_sizes(cases),
         *_labels_never_found(cases, config),
         *_mostly_unlabelled(cases),

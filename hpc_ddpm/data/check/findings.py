@@ -28,6 +28,7 @@ SOURCE_KINDS: dict[str, Kind] = {
     "truncated": Kind("error", "copy the file again: it ends too early"),
     "unreadable": Kind("error", "copy or convert the file again"),
     "bad-affine": Kind("error", "repair the header: set a valid sform, for example from the original scan"),
+    "dicom-series": Kind("error", "copy the series again: one series a folder, every slice once, none missing"),
     "series": Kind("error", "split the 4-D file and keep one volume, or give one file per modality"),
     "scaled-integers": Kind("note", "nothing: slope and intercept are applied"),
     # --------------------------------------------------------------------------------------- geometry
@@ -36,11 +37,13 @@ SOURCE_KINDS: dict[str, Kind] = {
     "no-affine": Kind("warning", "find out left and right, and write an sform; without one RAS is assumed"),
     "orientation-differs": Kind("note", "nothing: it is brought to data.orientation"),
     "orientation-mixed": Kind("error", "set data.orientation=RAS: with `native` some subjects lie on their side"),
-    "anisotropic": Kind("warning", "resample to cubic voxels first, or choose data.size in these proportions"),
-    "voxel-size-outlier": Kind("warning", "resample it to the voxel size of the others, or leave it out"),
+    "anisotropic": Kind("warning", "set data.voxel_size_mm, or choose data.size in these proportions"),
+    "voxel-size-outlier": Kind("warning", "set data.voxel_size_mm, or leave it out"),
     "size-mixed": Kind("note", "nothing: data.fit brings all to data.size"),
     "size-mismatch": Kind("error", "use data.fit=crop_pad or data.fit=resize, or another data.size"),
-    "labels-cut": Kind("warning", "raise data.size, or use data.fit=resize, so that the labels lie inside"),
+    "labels-cut": Kind(
+        "warning", "raise data.size, or use data.crop_center=head or data.fit=resize, so that they lie inside"
+    ),
     "label-vanishes": Kind("warning", "raise data.size: after resampling nothing of the label is left"),
     "flipped": Kind("warning", "compare them in a viewer; flip the voxels, or the affine, of the wrong one"),
     "mask-off-image": Kind("error", "check that mask and image are of one subject and one space"),

@@ -18,6 +18,7 @@ from hpc_ddpm.data.check.findings import Finding
 from hpc_ddpm.data.check.pictures import picture
 from hpc_ddpm.data.check.similarity import shrink
 from hpc_ddpm.data.discover import MASK, Subject, discover
+from hpc_ddpm.data.hooks import check_hooks
 from hpc_ddpm.data.labels import count_labels
 from hpc_ddpm.data.nifti import axis_codes, ras_voxel_size_mm, turn_to_ras, voxel_size_mm
 from hpc_ddpm.data.parallel import ordered_map
@@ -58,7 +59,7 @@ def check(
     pictures: bool = False,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Open and judge every subject of `source` as it would be packed.
+    """Open and judge every subject of `source` as it would be packed; hooks are looked for and not run.
 
     Args:
         source: a folder or table, see `discover`.
@@ -69,9 +70,11 @@ def check(
 
     Raises:
         DataFormatError: as `discover`: nothing there, or not one complete subject.
+        ConfigError: a program of `config.hooks`, or the reader of DICOM files, is not installed.
     """
+    check_hooks(config)
     found = discover(source, config)
-    config = config.model_copy(update={"layout": found.layout})
+    config = config.model_copy(update={"layout": found.layout, "hooks": ()})
     judge = partial(judge_subject, config=config, pictures=pictures)
     cases = []
     for facts in ordered_map(judge, found.subjects, num_workers, preload=__name__):

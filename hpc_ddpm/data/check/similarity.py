@@ -1,4 +1,4 @@
-"""Looking at volumes roughly: small versions, foreground, and how alike two of them are. D H W."""
+"""Looking at volumes roughly: small versions, and how alike two of them are. D H W."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_fill_holes
 
 Array = NDArray[Any]
 BINS = 24
@@ -28,19 +27,6 @@ def subsample(volume: Array, side: int) -> Array:
         count = min(side, length)
         volume = volume.take((np.arange(count) * 2 + 1) * length // (2 * count), axis)
     return volume
-
-
-def foreground(volume: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Inside of what is brighter than the background: Otsu's threshold (1979), holes filled."""
-    volume = np.minimum(volume, np.percentile(volume, 98))  # hot voxels would stretch the histogram
-    counts, edges = np.histogram(volume, 128)
-    middles = (edges[1:] + edges[:-1]) / 2
-    below = np.cumsum(counts)
-    mass = np.cumsum(counts * middles)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (mass[-1] * below / below[-1] - mass) ** 2 / (below * (below[-1] - below))
-    threshold = edges[1:][int(np.nanargmax(np.where(np.isfinite(between), between, -1)))]
-    return np.asarray(binary_fill_holes(volume > threshold), bool)
 
 
 def mutual_information(one: Array, other: Array) -> float:
