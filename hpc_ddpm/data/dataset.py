@@ -8,7 +8,8 @@ from typing import TypedDict
 import torch
 from torch.utils.data import Dataset
 
-from hpc_ddpm.data.shards import INT16_SCALE, open_packed
+from hpc_ddpm.data.cache import VolumeCache, share_cache
+from hpc_ddpm.data.shards import INT16_SCALE, Array, Packed, Window, open_packed
 from hpc_ddpm.errors import DataFormatError
 
 
@@ -32,6 +33,7 @@ class VolumeDataset(Dataset[Item]):
 
     def __init__(self, packed_path: str | Path, split: str = "train") -> None:
         self.packed = open_packed(packed_path)
+        self._source: Packed | VolumeCache = self.packed
         self.subjects = self.packed.subjects(split)
         if not self.subjects:
             there = ", ".join(sorted({subject.split for subject in self.packed.subjects()}))
@@ -41,8 +43,23 @@ class VolumeDataset(Dataset[Item]):
         return len(self.subjects)
 
     def __getitem__(self, index: int) -> Item:
-        image, mask = self.packed.read(self.subjects[index].index)
-        return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "index": index}
+        return _item(*self._source.read(self.subjects[index].index), index)
+
+    def crop(self, index: int, window: Window) -> Item:
+        """A part of a volume."""
+        return _item(*self._source.read_window(self.subjects[index].index, window), index)
+
+    def keep_in_ram(self) -> None:
+        """Decode every volume once and keep it, for all ranks of the node; a collective.
+
+        Raises:
+            ClusterError: not enough memory.
+        """
+        self._source = share_cache(self.packed, [subject.index for subject in self.subjects])
+
+
+def _item(image: Array, mask: Array, index: int) -> Item:
+    return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask), "index": index}
 
 
 def to_unit_range(image: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
 A packed dataset is a folder: index.json (written last) and shard-NNNNN.h5. In a shard, N rows, C modalities,
 K labels; volumes are C Z Y X, shapes and affines X Y Z:
 
-    image           int16 (x32767) or float32 (N, C, Z, Y, X), one volume per chunk, LZ4 + fletcher32
-    mask            uint8 (N, Z, Y, X), one volume per chunk, Zstandard + fletcher32
+    image           int16 (x32767) or float32 (N, C, Z, Y, X), LZ4 + fletcher32
+    mask            uint8 (N, Z, Y, X), Zstandard + fletcher32; a chunk is a volume, or data.chunk_size of it
     id, source      UTF-8 (N,), fixed length: subject; hash of its files' sizes and times when packed
     affine          float64 (N, 4, 4), packed voxels to mm;     original_affine: of the file
     original_shape  int32 (N, 3), of the file
@@ -33,7 +33,7 @@ import hdf5plugin  # noqa: F401  (registers the filters)
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_ddpm.config import DataConfig
+from hpc_ddpm.config import READING_SETTINGS, DataConfig
 from hpc_ddpm.data.nifti import Affine
 from hpc_ddpm.data.preprocess import Geometry
 from hpc_ddpm.errors import DataFormatError
@@ -46,6 +46,8 @@ MAX_OPEN_SHARDS = 32
 SPLITS = ("train", "val", "test")
 
 Array = NDArray[Any]
+Window = tuple[slice, slice, slice]
+"""Of D, H and W, each with start and stop."""
 
 
 def shard_name(number: int) -> str:
@@ -55,7 +57,8 @@ def shard_name(number: int) -> str:
 
 def config_digest(config: DataConfig) -> str:
     """Hash of the settings that decide what is packed (first 12 hexadecimal digits of SHA-256)."""
-    content = config.model_dump(mode="json", exclude={"path", "num_workers"})
+    later = () if config.chunk_size else ("chunk_size",)  # datasets from before this setting keep their digest
+    content = config.model_dump(mode="json", exclude={*READING_SETTINGS, *later})
     return sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
@@ -223,6 +226,20 @@ class Packed:
             raise self._damaged(index, "the mask differs from what was packed")
         return mask
 
+    def read_window(self, index: int, window: Window) -> tuple[Array, Array]:
+        """As `read`, of a part, from the chunks that it touches; checked by the checksum of each chunk.
+
+        Args:
+            index: of the subject.
+            window: what to read.
+        """
+        shape = [part.stop - part.start for part in window]
+        image = np.empty((self.data.num_modalities, *shape), self.data.storage_dtype)
+        mask = np.empty(shape, np.uint8)
+        self._fill("image", index, image, np.s_[:, *window])
+        self._fill("mask", index, mask, window)
+        return image, mask
+
     def affine(self, index: int) -> Affine:
         """(4, 4), X, Y, Z packed voxels to mm."""
         return self._value("affine", index)
@@ -241,9 +258,9 @@ class Packed:
         rows = tuple(tuple(float(value) for value in row) for row in self._value("original_affine", index))
         return Geometry((x, y, z), rows, self.data.orientation, self.data.fit, self.data.size)
 
-    def _fill(self, name: str, index: int, out: Array) -> None:
+    def _fill(self, name: str, index: int, out: Array, window: tuple[slice, ...] = ()) -> None:
         try:
-            self._file(self._index.shard[index])[name].read_direct(out, np.s_[int(self._index.row[index])])
+            self._file(self._index.shard[index])[name].read_direct(out, np.s_[int(self._index.row[index]), *window])
         except (OSError, KeyError):
             raise self._damaged(index, f"the {name} cannot be decoded") from None
 
