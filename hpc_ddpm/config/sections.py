@@ -133,62 +133,6 @@ class DataConfig(Section):
         return self
 
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Extent = Annotated[float, Field(ge=0)]
-Factor = Annotated[float, Field(gt=0)]
-
-
-class AugmentConfig(Section):
-    """Random changes of training volumes, drawn for each sample by itself. All are off by default.
-
-    Axes are X, Y, Z of the oriented NIfTI. Intensities are meant on a scale from 0 (background) to 1, and each
-    modality is changed by itself; background stays background.
-    """
-
-    flip_probability: tuple[Probability, Probability, Probability] = (0.0, 0.0, 0.0)
-    """Chance of mirroring each axis; (0.5, 0, 0) swaps left and right of a head."""
-    affine_probability: Probability = 0.0
-    """Chance of a rotation, zoom and shift, in one interpolation."""
-    rotation_degrees: tuple[Extent, Extent, Extent] = (10.0, 10.0, 10.0)
-    """Largest rotation about each axis, either way."""
-    zoom_range: tuple[Factor, Factor] = (0.9, 1.1)
-    """Smallest and largest zoom; above 1 enlarges."""
-    translation_voxels: tuple[Extent, Extent, Extent] = (5.0, 5.0, 5.0)
-    """Largest shift along each axis, either way."""
-    bias_field_probability: Probability = 0.0
-    """Chance of a smooth change of brightness over the volume."""
-    bias_field_strength: Extent = 0.3
-    """Largest exponent s of the field, which multiplies by exp(-s) to exp(s)."""
-    contrast_probability: Probability = 0.0
-    """Chance of a factor and an offset."""
-    contrast_range: tuple[Factor, Factor] = (0.9, 1.1)
-    """Smallest and largest factor."""
-    brightness_offset: Extent = 0.05
-    """Largest offset, either way."""
-    gamma_probability: Probability = 0.0
-    """Chance of a power of the intensities."""
-    gamma_range: tuple[Factor, Factor] = (0.7, 1.5)
-    """Smallest and largest power; below 1 brightens."""
-    noise_probability: Probability = 0.0
-    """Chance of noise in every voxel that is not background."""
-    noise_std: Extent = 0.05
-    """Largest standard deviation of the noise."""
-
-    @property
-    def is_on(self) -> bool:
-        """Whether anything can happen."""
-        chances = (getattr(self, name) for name in type(self).model_fields if name.endswith("_probability"))
-        return any(chance not in (0, (0, 0, 0)) for chance in chances)
-
-    @model_validator(mode="after")
-    def _check(self) -> AugmentConfig:
-        for name in ("zoom_range", "contrast_range", "gamma_range"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name}: the smallest comes first, found {low} and {high}")
-        return self
-
-
 class ModelConfig(Section):
     """The 3-D U-Net. Input and output channels follow from the data section."""
 
@@ -245,6 +189,62 @@ class DiffusionConfig(Section):
     """Clip of the SNR in min-SNR loss weighting (Hang et al. 2023); null weights all timesteps alike."""
     condition_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of training samples whose condition is blanked; above 0 makes classifier-free guidance possible."""
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Extent = Annotated[float, Field(ge=0)]
+Factor = Annotated[float, Field(gt=0)]
+
+
+class AugmentConfig(Section):
+    """Random changes of training volumes, drawn for each sample by itself. All are off by default.
+
+    Axes are X, Y, Z of the oriented NIfTI. Intensities are meant on a scale from 0 (background) to 1, and each
+    modality is changed by itself; background stays background.
+    """
+
+    flip_probability: tuple[Probability, Probability, Probability] = (0.0, 0.0, 0.0)
+    """Chance of mirroring each axis; (0.5, 0, 0) swaps left and right of a head."""
+    affine_probability: Probability = 0.0
+    """Chance of a rotation, zoom and shift, in one interpolation."""
+    rotation_degrees: tuple[Extent, Extent, Extent] = (10.0, 10.0, 10.0)
+    """Largest rotation about each axis, either way."""
+    zoom_range: tuple[Factor, Factor] = (0.9, 1.1)
+    """Smallest and largest zoom; above 1 enlarges."""
+    translation_voxels: tuple[Extent, Extent, Extent] = (5.0, 5.0, 5.0)
+    """Largest shift along each axis, either way."""
+    bias_field_probability: Probability = 0.0
+    """Chance of a smooth change of brightness over the volume."""
+    bias_field_strength: Extent = 0.3
+    """Largest exponent s of the field, which multiplies by exp(-s) to exp(s)."""
+    contrast_probability: Probability = 0.0
+    """Chance of a factor and an offset."""
+    contrast_range: tuple[Factor, Factor] = (0.9, 1.1)
+    """Smallest and largest factor."""
+    brightness_offset: Extent = 0.05
+    """Largest offset, either way."""
+    gamma_probability: Probability = 0.0
+    """Chance of a power of the intensities."""
+    gamma_range: tuple[Factor, Factor] = (0.7, 1.5)
+    """Smallest and largest power; below 1 brightens."""
+    noise_probability: Probability = 0.0
+    """Chance of noise in every voxel that is not background."""
+    noise_std: Extent = 0.05
+    """Largest standard deviation of the noise."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything can happen."""
+        chances = (getattr(self, name) for name in type(self).model_fields if name.endswith("_probability"))
+        return any(chance not in (0, (0, 0, 0)) for chance in chances)
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentConfig:
+        for name in ("zoom_range", "contrast_range", "gamma_range"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: the smallest comes first, found {low} and {high}")
+        return self
 
 
 class TrainingConfig(Section):
@@ -317,9 +317,9 @@ class Config(Section):
     name: str = "custom"
     seed: int = Field(default=0, ge=0)
     data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
 

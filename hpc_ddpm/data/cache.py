@@ -58,17 +58,19 @@ class VolumeCache:
     def __reduce__(self) -> tuple[type[VolumeCache], tuple[Packed, Sequence[int], str]]:
         return VolumeCache, (self._packed, self._indices, f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
-    def read(self, index: int) -> tuple[Array, Array]:
+    def read(self, index: int, image: Array | None = None, mask: Array | None = None) -> tuple[Array, Array]:
         """As `Packed.read`."""
         d, h, w = self._packed.data.spatial_shape
-        return self.read_window(index, (slice(0, d), slice(0, h), slice(0, w)))
+        return self.read_window(index, (slice(0, d), slice(0, h), slice(0, w)), image, mask)
 
-    def read_window(self, index: int, window: Window) -> tuple[Array, Array]:
+    def read_window(
+        self, index: int, window: Window, image: Array | None = None, mask: Array | None = None
+    ) -> tuple[Array, Array]:
         """As `Packed.read_window`; the volume is checked as a whole."""
         slot = self._slot[index]
         if os.pread(self._descriptor, 1, self._flags_begin + slot) != b"\1":
             self._fill(slot, *self._packed.read(index))
-        return self._images[slot][:, *window].copy(), self._masks[slot][window].copy()
+        return _copy(self._images[slot][:, *window], image), _copy(self._masks[slot][window], mask)
 
     def _fill(self, slot: int, image: Array, mask: Array) -> None:
         self._write(image, slot * image.nbytes)
@@ -80,6 +82,13 @@ class VolumeCache:
         while rest:
             written = os.pwrite(self._descriptor, rest, offset)
             rest, offset = rest[written:], offset + written
+
+
+def _copy(part: Array, out: Array | None) -> Array:
+    if out is None:
+        return part.copy()
+    np.copyto(out, part)
+    return out
 
 
 def share_cache(packed: Packed, indices: Sequence[int]) -> VolumeCache:

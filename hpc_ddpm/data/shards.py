@@ -226,16 +226,15 @@ class Packed:
             raise self._damaged(index, "the mask differs from what was packed")
         return mask
 
-    def read_window(self, index: int, window: Window) -> tuple[Array, Array]:
-        """As `read`, of a part, from the chunks that it touches; checked by the checksum of each chunk.
-
-        Args:
-            index: of the subject.
-            window: what to read.
-        """
+    def read_window(
+        self, index: int, window: Window, image: Array | None = None, mask: Array | None = None
+    ) -> tuple[Array, Array]:
+        """As `read`, of a part: reads the chunks that it touches, and checks each by its own checksum."""
         shape = [part.stop - part.start for part in window]
-        image = np.empty((self.data.num_modalities, *shape), self.data.storage_dtype)
-        mask = np.empty(shape, np.uint8)
+        if image is None:
+            image = np.empty((self.data.num_modalities, *shape), self.data.storage_dtype)
+        if mask is None:
+            mask = np.empty(shape, np.uint8)
         self._fill("image", index, image, np.s_[:, *window])
         self._fill("mask", index, mask, window)
         return image, mask

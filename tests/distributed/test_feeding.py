@@ -20,28 +20,21 @@ FEEDING = [
     "augment.contrast_probability=0.5",
     "augment.gamma_probability=0.5",
     "augment.noise_probability=0.5",
+    "training.num_steps=4",
+    "training.learning_rate=1e-3",
 ]
+"""At a higher rate Adam turns the sign of gradients that are all rounding into steps."""
 
 
 @pytest.mark.slow
 def test_the_curve_is_the_same_however_it_is_fed(torchrun: Callable, tiny_packed: Path, tmp_path: Path) -> None:
     node = [f"data.stage_dir={tmp_path / 'scratch'}", "data.cache=ram", "data.num_workers=1"]
-    run_all(
-        torchrun,
-        1,
-        {
-            tmp_path / "1": [*FEEDING, "training.micro_batch=2"],
-            tmp_path / "1-node": [*FEEDING, *node],
-            tmp_path / "plain": [],
-        },
-        tiny_packed,
-    )
-    run_all(torchrun, 2, {tmp_path / "2-node": [*FEEDING, *node]}, tiny_packed)
-    run_all(torchrun, 4, {tmp_path / "4": FEEDING, tmp_path / "4-node": [*FEEDING, *node]}, tiny_packed)
-    reference = losses(tmp_path / "1")
-    assert reference != pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
-    for name in ("1-node", "2-node", "4", "4-node"):
-        assert losses(tmp_path / name) == pytest.approx(reference, rel=ROUNDING), name
+    run_all(torchrun, 1, {tmp_path / "1": [*FEEDING, "training.micro_batch=4"]}, tiny_packed)
+    run_all(torchrun, 2, {tmp_path / "2": FEEDING, tmp_path / "2-node": [*FEEDING, *node]}, tiny_packed)
+    run_all(torchrun, 4, {tmp_path / "4-node": [*FEEDING, *node]}, tiny_packed)
+    assert losses(tmp_path / "2-node") == losses(tmp_path / "2")
+    for name in ("2", "4-node"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "1"), rel=ROUNDING), name
     assert len(list((tmp_path / "scratch").rglob("shard-*.h5"))) == len(list(tiny_packed.glob("*.h5")))
 
 
