@@ -39,7 +39,7 @@ class VolumeCache:
     Args:
         packed: read where a volume is not there yet.
         indices: the subjects that there is room for.
-        memory: path that opens the memory, see `create_memory`.
+        memory: path that opens the memory, see `share_cache`.
     """
 
     def __init__(self, packed: Packed, indices: Sequence[int], memory: str) -> None:
@@ -95,7 +95,7 @@ def share_cache(packed: Packed, indices: Sequence[int]) -> VolumeCache:
     """A cache that is one and the same for all ranks of a node; a collective.
 
     Raises:
-        ClusterError: it does not fit into the free memory of some node.
+        ClusterError: it does not fit into the free memory of some node, or ranks of a node cannot see each other.
     """
     all_or_none(partial(_require_memory, packed.data, len(indices)))
     descriptor = os.memfd_create("hpc_ddpm-cache")
@@ -103,11 +103,20 @@ def share_cache(packed: Packed, indices: Sequence[int]) -> VolumeCache:
         os.ftruncate(descriptor, size_bytes(packed.data, len(indices)))
         machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
         offers = all_gather((machine, f"/proc/{os.getpid()}/fd/{descriptor}"))
-        cache = VolumeCache(packed, indices, next(path for there, path in offers if there == machine))
-        all_gather(None)  # the descriptors may be closed when all have opened them
-        return cache
+        first = next(path for there, path in offers if there == machine)
+        return all_or_none(partial(_open, packed, indices, first))
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # by now all have opened it
+
+
+def _open(packed: Packed, indices: Sequence[int], memory: str) -> VolumeCache:
+    try:
+        return VolumeCache(packed, indices, memory)
+    except OSError as error:
+        raise ClusterError(
+            f"data.cache=ram: a rank on {socket.gethostname()} cannot open another's memory ({error}); start the ranks "
+            "of a node in one container, or use data.cache=none"
+        ) from None
 
 
 def size_bytes(data: DataConfig, count: int) -> int:
