@@ -18,7 +18,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from hpc_ddpm.errors import ClusterError, ConfigError
+from hpc_ddpm.errors import ClusterError, ConfigError, HpcDdpmError
 
 if TYPE_CHECKING:
     import torch
@@ -290,6 +290,29 @@ def broadcast_object(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def all_gather(value: T) -> list[T]:
+    """Every rank's value on every rank, in the order of the ranks."""
+    import torch.distributed as dist
+
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_or_none(action: Callable[[], T]) -> T:
+    """This rank's result of the action, or on all ranks the first error that the user can mend; a collective."""
+    error = None
+    try:
+        result = action()
+    except HpcDdpmError as caught:
+        error = caught
+    for found in all_gather(error):
+        if found is not None:
+            found.is_on_all_ranks = True
+            raise found
+    return result
 
 
 # --------------------------------------------------------------------------------------------- stop flag

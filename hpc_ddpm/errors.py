@@ -7,9 +7,14 @@ Every other exception is a bug of ours and keeps its traceback (exit code 1).
 class HpcDdpmError(Exception):
     """Base of all errors that the user can mend; the message says what was found, expected, and what to do."""
 
+    is_on_all_ranks = False
+    """Every rank raises it, so it is enough that rank 0 says it."""
+
 
 class ConfigError(HpcDdpmError):
     """A setting is unknown, of the wrong type, out of range, or contradicts another."""
+
+    is_on_all_ranks = True
 
 
 class DataFormatError(HpcDdpmError):

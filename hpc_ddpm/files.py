@@ -53,8 +53,8 @@ def write_json(
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Turn a full disk, a quota or a read-only folder into one line.
+def writing_to(folder: Path, setting: str = "--out") -> Iterator[None]:
+    """Turn a full disk, a quota or a read-only folder into one line; `setting` is what names the folder.
 
     Raises:
         ClusterError: the system refused to write in `folder`.
@@ -67,7 +67,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         if error.errno not in CANNOT_WRITE or not is_ours:
             raise
         raise ClusterError(
-            f"{folder}: cannot write here ({error.strerror}); make room or choose another --out, then run the same "
+            f"{folder}: cannot write here ({error.strerror}); make room or choose another {setting}, then run the same "
             "command again: what is finished is kept"
         ) from None
 

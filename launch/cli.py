@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from hpc_ddpm.errors import ConfigError, HpcDdpmError
+from hpc_ddpm.errors import HpcDdpmError
 from launch.bench_commands import bench_app
 from launch.data_commands import data_app
 from launch.options import ConfigOption, Overrides, Quiet
@@ -165,7 +165,7 @@ def main() -> None:
         app()
     except HpcDdpmError as error:
         rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID") or "0"
-        if rank == "0" or not isinstance(error, ConfigError):  # a wrong setting is the same on all ranks
+        if rank == "0" or not error.is_on_all_ranks:
             print(f"hpc-ddpm: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

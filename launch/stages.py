@@ -23,6 +23,8 @@ MAY_CHANGE = {
     "name",
     "data.path",
     "data.num_workers",
+    "data.cache",
+    "data.stage_dir",
     "model.activation_checkpointing",
     "model.channels_last",
     "training.num_steps",
@@ -103,13 +105,15 @@ def train_stage(run_dir: Path, source: str | None, overrides: Sequence[str], sho
             write_json(run_dir / "config.json", config.dump(), indent=2)
             write_json(run_dir / "provenance.json", provenance() | {"world_size": ranks.world_size}, indent=2)
         total = config.training.num_steps
-        with progress_bar("training", show=show_progress and ranks.is_main) as update:
+        show = show_progress and ranks.is_main
+        with progress_bar("staging", show=show) as staged, progress_bar("training", show=show) as update:
             result = train(
                 config,
                 run_dir,
                 ranks,
                 device,
                 on_log=lambda step, values: update(step, total, training_note(values)),
+                on_stage=lambda done, shards: staged(done, shards, ""),
             )
     if ranks.is_main:
         print(_outcome(result.step, total, result.resumed_from, result.stopped_by, run_dir))

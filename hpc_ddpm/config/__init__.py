@@ -9,6 +9,8 @@ from hpc_ddpm.config.loading import (
     presets_dir,
 )
 from hpc_ddpm.config.sections import (
+    READING_SETTINGS,
+    AugmentConfig,
     Config,
     DataConfig,
     DiffusionConfig,
@@ -20,6 +22,8 @@ from hpc_ddpm.config.sections import (
 )
 
 __all__ = [
+    "READING_SETTINGS",
+    "AugmentConfig",
     "Config",
     "DataConfig",
     "DiffusionConfig",

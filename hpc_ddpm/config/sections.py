@@ -72,6 +72,10 @@ class HookConfig(Section):
         return self
 
 
+READING_SETTINGS = frozenset({"path", "num_workers", "patch_size", "cache", "stage_dir"})
+"""Of DataConfig: how a packed dataset is read. All others decide what is packed."""
+
+
 class DataConfig(Section):
     """What is packed and how it reaches the network."""
 
@@ -109,10 +113,18 @@ class DataConfig(Section):
     """On disk; none where storage is faster than LZ4 decodes, such as node-local memory."""
     shard_size_gib: float = Field(default=1.0, gt=0)
     """Uncompressed volume data per HDF5 file, about."""
+    chunk_size: tuple[int, int, int] | None = None
+    """Voxels that are compressed and read together, (X, Y, Z); null is the whole volume. Set it for patches."""
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of subjects held out (at least one where there are two), chosen by a hash of the subject id."""
     num_workers: int = Field(default=2, ge=0)
     """Threads per rank that read ahead; 0 reads when a batch is needed."""
+    patch_size: tuple[int, int, int] | None = None
+    """Train on random crops of this size, (X, Y, Z); null is the whole volume. Sampling is always at full size."""
+    cache: Literal["none", "ram"] = "none"
+    """ram: every volume is decoded once and kept in memory, one copy per node for all ranks."""
+    stage_dir: str = ""
+    """Node-local folder that the shards are copied to before training, for example '$TMPDIR'; empty: read `path`."""
     labels: LabelsConfig = LabelsConfig()
 
     @property
@@ -131,10 +143,20 @@ class DataConfig(Section):
         x, y, z = self.size
         return z, y, x
 
+    @property
+    def training_shape(self) -> tuple[int, int, int]:
+        """(D, H, W) of what the network is trained on: the patch, or the whole volume."""
+        x, y, z = self.patch_size or self.size
+        return z, y, x
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if min(self.size) < 1:
             raise ValueError(f"size must be positive, found {self.size}")
+        for name in ("chunk_size", "patch_size"):
+            part = getattr(self, name)
+            if part and not all(1 <= side <= whole for side, whole in zip(part, self.size, strict=True)):
+                raise ValueError(f"{name} {list(part)} must lie between 1 and size {list(self.size)} on every axis")
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(f"modalities must be distinct and at least one, found {list(self.modalities)}")
         if self.low >= self.high:
@@ -211,6 +233,62 @@ class DiffusionConfig(Section):
     """Share of training samples whose condition is blanked; above 0 makes classifier-free guidance possible."""
 
 
+Probability = Annotated[float, Field(ge=0, le=1)]
+Extent = Annotated[float, Field(ge=0)]
+Factor = Annotated[float, Field(gt=0)]
+
+
+class AugmentConfig(Section):
+    """Random changes of training volumes, drawn for each sample by itself. All are off by default.
+
+    Axes are X, Y, Z of the oriented NIfTI. Intensities are meant on a scale from 0 (background) to 1, and each
+    modality is changed by itself; background stays background.
+    """
+
+    flip_probability: tuple[Probability, Probability, Probability] = (0.0, 0.0, 0.0)
+    """Chance of mirroring each axis; (0.5, 0, 0) swaps left and right of a head."""
+    affine_probability: Probability = 0.0
+    """Chance of a rotation, zoom and shift, in one interpolation."""
+    rotation_degrees: tuple[Extent, Extent, Extent] = (10.0, 10.0, 10.0)
+    """Largest rotation about each axis, either way."""
+    zoom_range: tuple[Factor, Factor] = (0.9, 1.1)
+    """Smallest and largest zoom; above 1 enlarges."""
+    translation_voxels: tuple[Extent, Extent, Extent] = (5.0, 5.0, 5.0)
+    """Largest shift along each axis, either way."""
+    bias_field_probability: Probability = 0.0
+    """Chance of a smooth change of brightness over the volume."""
+    bias_field_strength: Extent = 0.3
+    """Largest exponent s of the field, which multiplies by exp(-s) to exp(s)."""
+    contrast_probability: Probability = 0.0
+    """Chance of a factor and an offset."""
+    contrast_range: tuple[Factor, Factor] = (0.9, 1.1)
+    """Smallest and largest factor."""
+    brightness_offset: Extent = 0.05
+    """Largest offset, either way."""
+    gamma_probability: Probability = 0.0
+    """Chance of a power of the intensities."""
+    gamma_range: tuple[Factor, Factor] = (0.7, 1.5)
+    """Smallest and largest power; below 1 brightens."""
+    noise_probability: Probability = 0.0
+    """Chance of noise in every voxel that is not background."""
+    noise_std: Extent = 0.05
+    """Largest standard deviation of the noise."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything can happen."""
+        chances = (getattr(self, name) for name in type(self).model_fields if name.endswith("_probability"))
+        return any(chance not in (0, (0, 0, 0)) for chance in chances)
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentConfig:
+        for name in ("zoom_range", "contrast_range", "gamma_range"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: the smallest comes first, found {low} and {high}")
+        return self
+
+
 class TrainingConfig(Section):
     """The optimizer, the sharding and what is written when."""
 
@@ -283,18 +361,20 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         factor = self.model.downsampling_factor
-        if any(side % factor for side in self.data.size):
-            near = [max(factor, round(side / factor) * factor) for side in self.data.size]
-            raise ValueError(
-                f"data.size {list(self.data.size)} is not divisible by {factor} "
-                f"({len(self.model.channel_multipliers)} levels); nearest that is: {near}"
-            )
+        for name, size in (("size", self.data.size), ("patch_size", self.data.patch_size or ())):
+            if any(side % factor for side in size):
+                near = [max(factor, round(side / factor) * factor) for side in size]
+                raise ValueError(
+                    f"data.{name} {list(size)} is not divisible by {factor} "
+                    f"({len(self.model.channel_multipliers)} levels); nearest that is: {near}"
+                )
         if self.sampling.num_steps > self.diffusion.num_timesteps:
             raise ValueError(
                 f"sampling.num_steps {self.sampling.num_steps} exceeds diffusion.num_timesteps "

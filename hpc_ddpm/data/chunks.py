@@ -52,6 +52,9 @@ class OpenShard:
         """
         layout, chunks = self._layout[name], self.file[name].id
         volumes = out if name == "image" else out[None]
+        if not layout.is_whole:
+            self.file[name].read_direct(out, np.s_[row])
+            return [crc32(volume) for volume in volumes]
         if (volumes.shape[1:], out.dtype) != (layout.shape, layout.dtype):
             raise ValueError(f"{volumes.shape[1:]} {out.dtype} wanted, {layout.shape} {layout.dtype} stored")
         checksums = []
@@ -81,7 +84,10 @@ class OpenShard:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a dataset's volumes are stored, one per chunk."""
+    """How a dataset's volumes are stored."""
+
+    is_whole: bool
+    """One volume per chunk; smaller chunks are left to HDF5."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -92,7 +98,8 @@ class _Layout:
     def of(cls, dataset: h5py.Dataset) -> _Layout:
         plan = dataset.id.get_create_plist()
         filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
-        return cls(dataset.chunks[-3:], dataset.dtype, filters)
+        is_whole = dataset.chunks[-3:] == dataset.shape[-3:]
+        return cls(is_whole, dataset.shape[-3:], dataset.dtype, filters)
 
 
 def _decode_lz4(data: memoryview, out: memoryview) -> None:

@@ -9,9 +9,11 @@ from typing import TypedDict
 import torch
 from torch.utils.data import Dataset
 
-from hpc_ddpm.config import LabelsConfig
+from hpc_ddpm.config import AugmentConfig, DataConfig, LabelsConfig
+from hpc_ddpm.data.augment import augment
+from hpc_ddpm.data.cache import VolumeCache, share_cache
 from hpc_ddpm.data.labels import one_hot
-from hpc_ddpm.data.shards import INT16_SCALE, open_packed
+from hpc_ddpm.data.shards import INT16_SCALE, Packed, Window, open_packed
 from hpc_ddpm.errors import DataFormatError
 
 
@@ -34,7 +36,7 @@ class Batch(TypedDict):
     mask: torch.Tensor
     """(B, D, H, W) uint8."""
     index: torch.Tensor
-    """(B,) int64, positions in the split."""
+    """(B,) int64, positions in the split (of crops: samples of the run)."""
 
 
 class VolumeDataset(Dataset[Item]):
@@ -46,6 +48,7 @@ class VolumeDataset(Dataset[Item]):
 
     def __init__(self, packed_path: str | Path, split: str = "train") -> None:
         self.packed = open_packed(packed_path)
+        self.source: Packed | VolumeCache = self.packed
         self.subjects = self.packed.subjects(split)
         if not self.subjects:
             there = ", ".join(sorted({subject.split for subject in self.packed.subjects()}))
@@ -60,20 +63,8 @@ class VolumeDataset(Dataset[Item]):
         return {"image": batch["image"][0], "mask": batch["mask"][0], "index": index}
 
     def new_batch(self, indices: Sequence[int], pin_memory: bool = False) -> Batch:
-        """A batch with room for these volumes, to be read by `fill`.
-
-        Args:
-            indices: positions in the split.
-            pin_memory: in page-locked memory, from which a GPU copies while the CPU goes on.
-        """
-        data = self.packed.data
-        dtype = torch.int16 if data.storage_dtype == "int16" else torch.float32
-        shape = len(indices), data.num_modalities, *data.spatial_shape
-        return {
-            "image": torch.empty(shape, dtype=dtype, pin_memory=pin_memory),
-            "mask": torch.empty((len(indices), *data.spatial_shape), dtype=torch.uint8, pin_memory=pin_memory),
-            "index": torch.tensor(indices),
-        }
+        """A batch with room for these volumes, to be read by `fill`; see `new_batch`."""
+        return new_batch(self.packed.data, self.packed.data.spatial_shape, indices, pin_memory)
 
     def fill(self, batch: Batch, position: int) -> None:
         """Read the volume that `batch["index"][position]` names to its place in the batch; any thread may.
@@ -82,7 +73,38 @@ class VolumeDataset(Dataset[Item]):
             DataFormatError: damaged; names shard and subject.
         """
         subject = self.subjects[int(batch["index"][position])]
-        self.packed.read(subject.index, batch["image"][position].numpy(), batch["mask"][position].numpy())
+        self.source.read(subject.index, batch["image"][position].numpy(), batch["mask"][position].numpy())
+
+    def fill_crop(self, batch: Batch, position: int, index: int, window: Window) -> None:
+        """As `fill`, with a part of the volume `index`."""
+        image, mask = batch["image"][position].numpy(), batch["mask"][position].numpy()
+        self.source.read_window(self.subjects[index].index, window, image, mask)
+
+    def keep_in_ram(self) -> None:
+        """Decode every volume once and keep it, for all ranks of the node; a collective.
+
+        Raises:
+            ClusterError: not enough memory.
+        """
+        self.source = share_cache(self.packed, [subject.index for subject in self.subjects])
+
+
+def new_batch(data: DataConfig, shape: tuple[int, int, int], indices: Sequence[int], pin_memory: bool) -> Batch:
+    """Memory for a batch.
+
+    Args:
+        data: decides channels and dtype.
+        shape: (D, H, W) of each volume.
+        indices: what the volumes are, for the dataset that fills it.
+        pin_memory: in page-locked memory, from which a GPU copies while the CPU goes on.
+    """
+    dtype = torch.int16 if data.storage_dtype == "int16" else torch.float32
+    image = (len(indices), data.num_modalities, *shape)
+    return {
+        "image": torch.empty(image, dtype=dtype, pin_memory=pin_memory),
+        "mask": torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=pin_memory),
+        "index": torch.tensor(indices),
+    }
 
 
 class Expand:
@@ -92,22 +114,29 @@ class Expand:
     valid until the next call. On a GPU PyTorch keeps freed memory at hand.
     """
 
-    def __init__(self, labels: LabelsConfig) -> None:
-        self.labels = labels
+    def __init__(self, labels: LabelsConfig, augmentation: AugmentConfig | None = None, seed: int = 0) -> None:
+        self.labels, self.augmentation, self.seed = labels, augmentation, seed
         self._image: torch.Tensor | None = None
         self._condition: torch.Tensor | None = None
 
-    def __call__(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, image: torch.Tensor, mask: torch.Tensor, samples: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (B, C, D, H, W) float32 in [-1, 1] and condition (B, K, D, H, W) float32.
 
         Args:
             image: (B, C, D, H, W) int16 or float32.
             mask: (B, D, H, W) uint8.
+            samples: number of each sample in the run, which decides how it is augmented.
         """
-        volume = to_unit_range(image, self._image)
+        stored, volume = image, to_unit_range(image, self._image)
+        if volume is not stored and stored.device.type == "cpu":
+            self._image = volume
+        if self.augmentation:
+            volume, mask = augment(volume, mask, samples, self.seed, self.augmentation)
         condition = one_hot(mask, self.labels, out=self._condition)
-        if image.device.type == "cpu":
-            self._image, self._condition = volume if volume is not image else None, condition
+        if stored.device.type == "cpu":
+            self._condition = condition
         return volume, condition
 
 

@@ -13,16 +13,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from hpc_ddpm.data.dataset import Batch, VolumeDataset
+from hpc_ddpm.data.patches import PatchDataset
 
 
-def build_loader(dataset: VolumeDataset, batches: Iterable[Sequence[int]], num_workers: int) -> Iterator[Batch]:
+def build_loader(
+    dataset: VolumeDataset | PatchDataset, batches: Iterable[Sequence[int]], num_workers: int
+) -> Iterator[Batch]:
     """The batches, in order, in page-locked memory where there is CUDA.
 
     A batch is valid until the next one is asked for: its memory is then read into again.
 
     Args:
         dataset: what to read.
-        batches: positions in the dataset, of one size; usually StepBatches.
+        batches: positions in the dataset, of one size; usually StepBatches, or SampleBatches for crops.
         num_workers: threads that read ahead; 0 reads in this one, when asked.
 
     Raises:

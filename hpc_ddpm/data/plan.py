@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_ddpm.config import DataConfig
+from hpc_ddpm.config import READING_SETTINGS, DataConfig
 from hpc_ddpm.data.discover import Subject
 from hpc_ddpm.data.nifti import volume_files
 from hpc_ddpm.data.shards import INDEX, SPLITS, Index, ShardEntry, config_digest, open_reader, read_index, shard_name
@@ -166,7 +166,10 @@ def _is_there(out: Path, entry: ShardEntry) -> bool:
 
 
 def _check_settings(out: Path, index: Index, config: DataConfig) -> None:
-    given, wanted = index.data, config.model_dump(mode="json", exclude={"path", "num_workers"})
+    given, wanted = (
+        data.model_dump(mode="json", exclude={*READING_SETTINGS})
+        for data in (DataConfig.model_validate(index.data), config)
+    )
     names = [name for name in wanted if json.dumps(given.get(name)) != json.dumps(wanted[name])]
     if names:
         listed = ", ".join(f"data.{name}" for name in names)

@@ -21,6 +21,11 @@ def dataset_index(seed: int, sample_index: int, num_samples: int) -> int:
     return int(_permutation(seed, epoch, num_samples)[position])
 
 
+def sample_rng(seed: int, sample_index: int, purpose: int) -> np.random.Generator:
+    """Random numbers of the `sample_index`-th draw of a run for one purpose (1, 2, ...), the same on every rank."""
+    return np.random.Generator(np.random.PCG64([seed, sample_index, purpose]))
+
+
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)

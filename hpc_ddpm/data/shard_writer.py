@@ -195,11 +195,12 @@ def _create(path: Path, rows: Sequence[Row], config: DataConfig, digest: str) ->
 def _create_datasets(file: h5py.File, rows: Sequence[Row], config: DataConfig) -> None:
     volume, channels, num_rows = config.spatial_shape, config.num_modalities, len(rows)
     is_compressed = config.compression == "lz4"
+    chunk = (config.chunk_size or config.size)[::-1]
     file.create_dataset(
         "image",
         (num_rows, channels, *volume),
         config.storage_dtype,
-        chunks=(1, 1, *volume),
+        chunks=(1, 1, *chunk),
         fletcher32=True,
         compression=hdf5plugin.LZ4() if is_compressed else None,
     )
@@ -207,7 +208,7 @@ def _create_datasets(file: h5py.File, rows: Sequence[Row], config: DataConfig) -
         "mask",
         (num_rows, *volume),
         "uint8",
-        chunks=(1, *volume),
+        chunks=(1, *chunk),
         fletcher32=True,
         compression=hdf5plugin.Zstd(clevel=3) if is_compressed else None,
     )

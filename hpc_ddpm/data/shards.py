@@ -3,8 +3,8 @@
 A packed dataset is a folder: index.json (written last) and shard-NNNNN.h5. In a shard, N rows, C modalities,
 K labels; volumes are C Z Y X, shapes and affines X Y Z:
 
-    image           int16 (x32767) or float32 (N, C, Z, Y, X), one volume per chunk, LZ4 or nothing + fletcher32
-    mask            uint8 (N, Z, Y, X), one volume per chunk, Zstandard or nothing + fletcher32
+    image           int16 (x32767) or float32 (N, C, Z, Y, X), LZ4 or nothing + fletcher32
+    mask            uint8 (N, Z, Y, X), Zstandard or nothing + fletcher32; a chunk is a volume, or data.chunk_size of it
     id, source      UTF-8 (N,), fixed length: subject; hash of its files' sizes and times when packed
     affine          float64 (N, 4, 4), packed voxels to mm;     original_affine: of the file
     original_shape  int32 (N, 3), of the file
@@ -22,7 +22,6 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -34,7 +33,7 @@ import hdf5plugin  # noqa: F401  (registers the filters)
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_ddpm.config import DataConfig
+from hpc_ddpm.config import READING_SETTINGS, DataConfig
 from hpc_ddpm.data.chunks import UNDECODABLE, OpenShard, crc32
 from hpc_ddpm.data.geometry import Geometry
 from hpc_ddpm.data.nifti import Affine
@@ -48,6 +47,8 @@ MAX_OPEN_SHARDS = 32
 SPLITS = ("train", "val", "test")
 
 Array = NDArray[Any]
+Window = tuple[slice, slice, slice]
+"""Of D, H and W, each with start and stop."""
 
 
 def shard_name(number: int) -> str:
@@ -56,13 +57,11 @@ def shard_name(number: int) -> str:
 
 
 def config_digest(config: DataConfig) -> str:
-    """Hash of the settings that decide what is packed (first 12 hexadecimal digits of SHA-256)."""
-    return settings_digest(config.model_dump(mode="json"))
+    """Hash of the settings that decide what is packed, as far as they are not defaults (12 hexadecimal digits).
 
-
-def settings_digest(data: Mapping[str, Any]) -> str:
-    """`config_digest` of settings as they are stored, with those alone that there were when they were stored."""
-    content = {name: value for name, value in data.items() if name not in ("path", "num_workers")}
+    So a new setting changes no digest where it is not used.
+    """
+    content = config.model_dump(mode="json", exclude={*READING_SETTINGS}, exclude_defaults=True)
     return sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
@@ -229,6 +228,31 @@ class Packed:
             mask = np.empty(self.data.spatial_shape, np.uint8)
         self._fill("mask", index, mask)
         return mask
+
+    def read_window(
+        self, index: int, window: Window, image: Array | None = None, mask: Array | None = None
+    ) -> tuple[Array, Array]:
+        """As `read`, of a part: reads the chunks that it touches, and checks each by its own checksum.
+
+        Where a chunk is the whole volume, that is read and checked by its CRC.
+        """
+        shape = [part.stop - part.start for part in window]
+        if image is None:
+            image = np.empty((self.data.num_modalities, *shape), self.data.storage_dtype)
+        if mask is None:
+            mask = np.empty(shape, np.uint8)
+        if self.data.chunk_size is None:
+            whole_image, whole_mask = self.read(index)
+            np.copyto(image, whole_image[:, *window])
+            np.copyto(mask, whole_mask[window])
+            return image, mask
+        row, shard = int(self._index.row[index]), self._shard(index)
+        for name, out, part in (("image", image, np.s_[row, :, *window]), ("mask", mask, np.s_[row, *window])):
+            try:
+                shard.file[name].read_direct(out, part)
+            except UNDECODABLE:
+                raise self._damaged(index, f"the {name} cannot be decoded") from None
+        return image, mask
 
     def affine(self, index: int) -> Affine:
         """(4, 4), X, Y, Z packed voxels to mm."""

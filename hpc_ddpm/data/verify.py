@@ -24,10 +24,10 @@ from hpc_ddpm.data.shards import (
     INT16_SCALE,
     Index,
     ShardEntry,
+    config_digest,
     crcs,
     open_reader,
     read_index,
-    settings_digest,
     to_hex,
 )
 from hpc_ddpm.errors import DataFormatError
@@ -91,7 +91,7 @@ def verify(
         if not (path / INDEX).is_file():
             raise
         return [Finding("index-damaged", str(error).splitlines()[0].removeprefix(f"{path / INDEX}: "))]
-    settings = settings_digest(index.data)
+    settings = config_digest(data)
     shards = [_Shard(path / Path(entry["file"]).name, entry, data, settings) for entry in index.shards]
     findings = [*_check_index(index), *_check_folder(path, index)]
     judge = partial(_check_shard, deep=deep)

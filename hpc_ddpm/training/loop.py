@@ -5,19 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hpc_ddpm.checkpoint import PieceReader, agree_on_latest, read_manifest, save_checkpoint, step_of
-from hpc_ddpm.config import Config, DataConfig
+from hpc_ddpm.config import READING_SETTINGS, Config, DataConfig
 from hpc_ddpm.data.dataset import Batch, Expand, VolumeDataset
 from hpc_ddpm.data.loader import build_loader, copy_ahead
+from hpc_ddpm.data.patches import PatchDataset, SampleBatches
+from hpc_ddpm.data.pool import Progress
 from hpc_ddpm.data.sampler import StepBatches
+from hpc_ddpm.data.stage import stage
 from hpc_ddpm.diffusion.gaussian import draw_training, training_loss
 from hpc_ddpm.diffusion.schedules import Schedule, build_schedule
-from hpc_ddpm.distributed import Ranks, StopFlag, all_reduce_mean
+from hpc_ddpm.distributed import Ranks, StopFlag, all_or_none, all_reduce_mean
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.files import write_json
 from hpc_ddpm.model.unet3d import build_unet
@@ -43,6 +47,7 @@ def train(
     ranks: Ranks,
     device: torch.device,
     on_log: Callable[[int, Mapping[str, float]], None] = lambda step, values: None,
+    on_stage: Progress = lambda done, total: None,
 ) -> TrainResult:
     """Train to `config.training.num_steps`, or until a stop signal; all ranks call it inside a process group.
 
@@ -52,10 +57,12 @@ def train(
         ranks: as detected.
         device: of this rank.
         on_log: called on rank 0 after every step, with the numbers of the step where they were logged.
+        on_stage: called with (shards, all shards) while shards are copied to `config.data.stage_dir`.
 
     Raises:
         ConfigError: the configuration contradicts the packed dataset or the number of ranks.
         CheckpointError: a checkpoint does not fit or cannot be written.
+        ClusterError: no room for `config.data.stage_dir` or `config.data.cache`.
     """
     training = config.training
     root = run_dir / "checkpoints"
@@ -63,7 +70,9 @@ def train(
     if folder is not None and step_of(folder) >= training.num_steps:
         return TrainResult(step_of(folder), step_of(folder), 0)
     config = config.model_copy(update={"data": agree_with_packed(config.data)})
-    dataset = VolumeDataset(config.data.path, "train")
+    dataset = VolumeDataset(all_or_none(partial(stage, config.data, on_stage)), "train")
+    if config.data.cache == "ram":
+        dataset.keep_in_ram()
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     network = build_unet(config).train()
     start, engine = _resume_or_start(network, config, folder, ranks, device)
@@ -94,8 +103,13 @@ def train(
         }
         save_checkpoint(root, step, facts, engine.write, ranks, training.keep_checkpoints)
 
-    loader = copy_ahead(build_loader(dataset, batches, config.data.num_workers), device)
-    expand = Expand(config.data.labels)
+    if config.data.patch_size:
+        patches = PatchDataset(dataset, config.seed, config.data.training_shape)
+        read = build_loader(patches, SampleBatches(batches), config.data.num_workers)
+    else:
+        read = build_loader(dataset, batches, config.data.num_workers)
+    loader = copy_ahead(read, device)
+    expand = Expand(config.data.labels, config.augment, config.seed)
     with StopFlag() as stop:
         while step < training.num_steps and not stopped_by:
             rate = learning_rate(training, step)
@@ -137,7 +151,7 @@ def agree_with_packed(data: DataConfig) -> DataConfig:
                 f"data.{name}: {data.path} was packed with {_plain(found)}, this run asks for {_plain(wanted)}; "
                 "train with the configuration it was packed with, or pack again"
             )
-    return packed.model_copy(update={"path": data.path, "num_workers": data.num_workers})
+    return packed.model_copy(update={name: getattr(data, name) for name in READING_SETTINGS})
 
 
 def _plain(value: Any) -> Any:
@@ -176,8 +190,8 @@ def _micro_steps(
     for micro_step in range(batches.accumulation):
         with meter.waiting():
             batch = next(loader)
-        x_start, condition = expand(batch["image"], batch["mask"])
         samples = batches.sample_indices(step, micro_step)
+        x_start, condition = expand(batch["image"], batch["mask"], samples)
         draw = draw_training(config.seed, samples, x_start.shape[1:], config.diffusion, device)
         off_value = config.data.labels.off_value
         loss = training_loss(engine.deepspeed, x_start, condition, draw, schedule, config.diffusion, off_value).mean()

@@ -1,0 +1,155 @@
+"""Shards copied to a node-local folder, once per node for all ranks and jobs of a user.
+
+<stage_dir>/hpc_ddpm-<user id>/
+    <SHA-256>.h5            a shard; complete when it exists
+    packed-<hash>/          index.json, and links to its shards: an ordinary packed dataset
+    lock                    held by the process that copies; the system releases it when that process ends
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+from hpc_ddpm.config import DataConfig
+from hpc_ddpm.data.pool import Progress
+from hpc_ddpm.data.shards import INDEX, Index, ShardEntry, open_packed, read_index, write_index
+from hpc_ddpm.errors import ClusterError, ConfigError, DataFormatError
+from hpc_ddpm.files import atomic_path, writing_to
+
+GIB = 2**30
+BLOCK_BYTES = 2**24
+COPIES_AT_ONCE = 4
+WAIT_S = 0.2
+
+
+def stage(data: DataConfig, progress: Progress = lambda done, total: None) -> Path:
+    """Where to read the packed dataset: `data.path`, or its copy below `data.stage_dir`, made where it is missing.
+
+    All ranks of a node may call it: one copies, the others wait for it.
+
+    Args:
+        data: names both folders.
+        progress: called with (shards that are there, all shards) while this call copies or waits.
+
+    Raises:
+        ConfigError: an environment variable in `data.stage_dir` is not set.
+        ClusterError: not enough space, or a folder that cannot be used.
+        DataFormatError: a shard is missing or differs from its SHA-256.
+    """
+    source = Path(data.path)
+    if not data.stage_dir:
+        return source
+    open_packed(source)
+    index, folder = read_index(source), expand(data.stage_dir) / f"hpc_ddpm-{os.getuid()}"
+    content = json.dumps([index.data, index.shards]).encode()
+    target = folder / f"packed-{sha256(content).hexdigest()[:16]}"
+    with writing_to(folder, "data.stage_dir"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        while _missing(folder, index) or not (target / INDEX).exists():
+            with _lock(folder) as is_ours:
+                if is_ours:
+                    _copy_missing(source, folder, index, progress)
+                    _assemble(folder, target, index)
+            if not is_ours:
+                progress(len(index.shards) - len(_missing(folder, index)), len(index.shards))
+                time.sleep(WAIT_S)
+    return target
+
+
+def expand(stage_dir: str) -> Path:
+    """The folder, with environment variables in it replaced.
+
+    Raises:
+        ConfigError: one is not set.
+    """
+    for name in re.findall(r"\$\{?(\w+)", stage_dir):
+        if not os.environ.get(name):
+            raise ConfigError(
+                f"data.stage_dir={stage_dir}: the environment variable {name} is not set on {socket.gethostname()}; "
+                "name a node-local folder, or leave data.stage_dir empty"
+            )
+    return Path(os.path.expandvars(stage_dir)).absolute()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Whether this process is the one that copies into `folder`, until the end of the block."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise ClusterError(
+                f"{folder}: no file locks here ({error.strerror}); data.stage_dir must be a node-local folder"
+            ) from None
+        yield True
+
+
+def _missing(folder: Path, index: Index) -> list[ShardEntry]:
+    """Shards that are not there in full."""
+    return [entry for entry in index.shards if not _is_there(_staged(folder, entry), entry["size_bytes"])]
+
+
+def _staged(folder: Path, entry: ShardEntry) -> Path:
+    return folder / f"{entry['sha256']}.h5"
+
+
+def _is_there(path: Path, size_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == size_bytes
+
+
+def _copy_missing(source: Path, folder: Path, index: Index, progress: Progress) -> None:
+    for left_by_a_killed_copier in folder.glob(".*.tmp"):
+        left_by_a_killed_copier.unlink()
+    missing, total = _missing(folder, index), len(index.shards)
+    needed, free = sum(entry["size_bytes"] for entry in missing), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ClusterError(
+            f"{folder}: {needed / GIB:.2f} GiB needed for {len(missing)} of {total} shards, {free / GIB:.2f} GiB are "
+            "free; choose another data.stage_dir, or leave it empty to read the shards where they are"
+        )
+    with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+        copies = pool.map(partial(_copy, source, folder), missing)
+        for done, _ in enumerate(copies, total - len(missing) + 1):
+            progress(done, total)
+
+
+def _copy(source: Path, folder: Path, entry: ShardEntry) -> None:
+    digest = sha256()
+    with (
+        atomic_path(_staged(folder, entry)) as temporary,
+        (source / entry["file"]).open("rb") as reader,
+        temporary.open("wb") as writer,
+    ):
+        while block := reader.read(BLOCK_BYTES):
+            digest.update(block)
+            writer.write(block)
+        if digest.hexdigest() != entry["sha256"]:
+            raise DataFormatError(
+                f"{source / entry['file']}: SHA-256 differs from {INDEX}; see `hpc-ddpm data verify`, then copy the "
+                "shard again or pack again"
+            )
+
+
+def _assemble(folder: Path, target: Path, index: Index) -> None:
+    """A packed dataset of links; its index comes last."""
+    if not (target / INDEX).exists():
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        for entry in index.shards:
+            (target / entry["file"]).symlink_to(Path("..", _staged(folder, entry).name))
+        write_index(target, index.data, index.shards)
