@@ -18,7 +18,9 @@ from tests.conftest import TINY, rank_environment
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.parametrize("command", [[], ["pack"], ["train"], ["sample"], ["weights"], ["config"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["pack"], ["train"], ["sample"], ["weights"], ["config"], ["demo"], ["estimate"]]
+)
 def test_help_loads_no_torch(command: list[str]) -> None:
     code = (
         "import sys; from launch.cli import app\n"
