@@ -13,7 +13,7 @@ import typer
 from hpc_ddpm.errors import HpcDdpmError
 from launch.bench_commands import bench_app
 from launch.data_commands import data_app
-from launch.options import ConfigOption, Overrides, Quiet
+from launch.options import ConfigOption, Json, Overrides, Quiet
 
 app = typer.Typer(
     name="hpc-ddpm",
@@ -100,6 +100,22 @@ def sample(
     from launch.stages import sample_stage
 
     sample_stage(source, out, masks, split, overrides or [], show_progress=not quiet)
+
+
+@app.command(rich_help_panel="Tools")
+def estimate(
+    source: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Preset name or YAML file.")] = None,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="A name such as h100-80g, or memory in GiB.")] = "h100-80g",
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 1,
+    measure: Annotated[bool, typer.Option(help="Also run one real step here and compare.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What a run will need before it is submitted: memory by part, what fits, GPU-hours, disk."""
+    from launch.estimate import estimate_command
+
+    estimate_command(source, overrides or [], gpu, nodes * gpus_per_node, measure=measure, as_json=as_json)
 
 
 @weights_app.command("import")

@@ -116,8 +116,19 @@ def train_stage(run_dir: Path, source: str | None, overrides: Sequence[str], sho
                 on_stage=lambda done, shards: staged(done, shards, ""),
             )
     if ranks.is_main:
+        if config.model.activation_checkpointing == "auto":
+            print(_chosen(run_dir))
         print(_outcome(result.step, total, result.resumed_from, result.stopped_by, run_dir))
     return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _chosen(run_dir: Path) -> str:
+    """What the planner chose for `activation_checkpointing=auto`, and why."""
+    choice = json.loads((run_dir / "activation_checkpointing.json").read_text(encoding="utf-8"))
+    return (
+        f"activation checkpointing: {choice['activation_checkpointing']}, predicted peak "
+        f"{choice['predicted_peak_gib']:.2f} GiB of {choice['free_gib']:.2f} GiB free"
+    )
 
 
 def _outcome(step: int, total: int, resumed_from: int, stopped_by: int, run_dir: Path) -> str:

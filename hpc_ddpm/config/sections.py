@@ -192,8 +192,10 @@ class ModelConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     time_max_period: float = Field(default=1000.0, gt=1)
     """Longest period of the timestep embedding (Med-DDPM: 1000; guided-diffusion: 10000)."""
-    activation_checkpointing: Literal["none", "norm", "block", "full"] = "none"
-    """What backward recomputes: nothing, the norm+SiLU, each block, or each level's whole stack of blocks."""
+    activation_checkpointing: Literal["none", "norm", "block", "full", "auto"] = "none"
+    """What backward recomputes: nothing, the norm+SiLU, each block, or each level and its blocks.
+
+    auto: the least of these that fits into the memory that is free when training starts."""
     channels_last: bool = False
     """Keep activations in channels_last_3d: faster on CPUs; on a GPU, measure. Weights stay contiguous."""
 

@@ -13,8 +13,7 @@ import mmap
 import os
 import socket
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +23,9 @@ from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.shards import Array, Packed, Window
 from hpc_ddpm.distributed import all_gather, all_or_none
 from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.host import free_memory
 
 GIB = 2**30
-CGROUPS = (
-    ("0::", "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    (":memory:", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-"""Version 2 and 1: key in /proc/self/cgroup, folder, limit, usage, and what of the usage is given back at need."""
 
 
 class VolumeCache:
@@ -132,26 +127,3 @@ def _require_memory(data: DataConfig, count: int) -> None:
             f"data.cache=ram needs {needed / GIB:.2f} GiB for {count} volumes, {free / GIB:.2f} GiB of memory are free "
             f"on {socket.gethostname()}; use data.cache=none (with data.stage_dir, if reading is slow), or more memory"
         )
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of the limits that a scheduler has set."""
-    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    return min([int(available.split()[1]) * 1024, *_left_in_cgroups()])
-
-
-def _left_in_cgroups() -> Iterator[int]:
-    """What the limits of this process's control groups leave, as far as they can be read."""
-    try:
-        memberships = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for key, root, limit, usage, reclaimable in CGROUPS:
-        for line in memberships:
-            if key in line:
-                folder = Path(root, line.split(":", 2)[2].lstrip("/"))
-                for place in (folder, *folder.parents):
-                    with suppress(OSError, ValueError, KeyError):  # no file, "max", no such line
-                        numbers = dict(row.split() for row in (place / "memory.stat").read_text().splitlines())
-                        used = int((place / usage).read_text()) - int(numbers[reclaimable])
-                        yield int((place / limit).read_text()) - used

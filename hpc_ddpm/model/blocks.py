@@ -100,10 +100,10 @@ class NormConv(nn.ModuleList):
         if not (self.recompute and torch.is_grad_enabled()):
             result: Tensor = conv(hidden, shift)
             return result
-        again, address = norm.recompute(x), hidden.data_ptr()
+        again, stored = norm.recompute(x), hidden.untyped_storage()._cdata  # meta tensors have no address
 
         def pack(saved: Tensor) -> Tensor | None:
-            return None if saved.data_ptr() == address else saved
+            return None if saved.untyped_storage()._cdata == stored else saved
 
         def unpack(saved: Tensor | None) -> Tensor:
             return again() if saved is None else saved

@@ -96,7 +96,7 @@ class UNet3d(nn.Module):
         return [AttentionBlock(channels, self.config.num_groups, self.config.head_channels)]
 
     def _block(self, *layers: nn.Module) -> Block:
-        recompute = self.config.activation_checkpointing == "block"
+        recompute = self.config.activation_checkpointing in {"block", "full"}
         return Block(*layers, recompute=recompute, dropout=self.config.dropout)
 
     def forward(self, x_t: Tensor, condition: Tensor, timesteps: Tensor) -> Tensor:

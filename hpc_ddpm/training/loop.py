@@ -27,6 +27,7 @@ from hpc_ddpm.files import write_json
 from hpc_ddpm.model.unet3d import build_unet
 from hpc_ddpm.runlog import RunLog
 from hpc_ddpm.training.engine import Engine, learning_rate
+from hpc_ddpm.training.memory import settle_memory
 
 GIB = 2**30
 
@@ -53,14 +54,15 @@ def train(
 
     Args:
         config: complete; `data.path` names the packed dataset.
-        run_dir: takes metrics, TensorBoard files, `deepspeed.json` and checkpoints.
+        run_dir: takes metrics, TensorBoard files, `deepspeed.json`, the choice of `activation_checkpointing=auto`
+            and checkpoints.
         ranks: as detected.
         device: of this rank.
         on_log: called on rank 0 after every step, with the numbers of the step where they were logged.
         on_stage: called with (shards, all shards) while shards are copied to `config.data.stage_dir`.
 
     Raises:
-        ConfigError: the configuration contradicts the packed dataset or the number of ranks.
+        ConfigError: the configuration contradicts the packed dataset or the number of ranks, or does not fit.
         CheckpointError: a checkpoint does not fit or cannot be written.
         ClusterError: no room for `config.data.stage_dir` or `config.data.cache`.
     """
@@ -70,6 +72,7 @@ def train(
     if folder is not None and step_of(folder) >= training.num_steps:
         return TrainResult(step_of(folder), step_of(folder), 0)
     config = config.model_copy(update={"data": agree_with_packed(config.data)})
+    config = settle_memory(config, run_dir, ranks, device)
     dataset = VolumeDataset(all_or_none(partial(stage, config.data, on_stage)), "train")
     if config.data.cache == "ram":
         dataset.keep_in_ram()

@@ -14,7 +14,7 @@ import torch
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data import cache as caching
-from hpc_ddpm.data.cache import VolumeCache, free_memory, size_bytes
+from hpc_ddpm.data.cache import VolumeCache, size_bytes
 from hpc_ddpm.data.dataset import VolumeDataset, new_batch
 from hpc_ddpm.data.loader import build_loader
 from hpc_ddpm.data.pack import pack
@@ -152,14 +152,3 @@ def test_not_enough_memory(packed_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         VolumeDataset(packed_path).keep_in_ram()
     assert found.value.is_on_all_ranks
-
-
-def test_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = free_memory()
-    assert free > 0
-    for name, content in {"limit": "1000000", "usage": "300000", "memory.stat": "file 5\ninactive_file 50000"}.items():
-        (tmp_path / name).write_text(content)
-    monkeypatch.setattr(caching, "CGROUPS", ((":", str(tmp_path), "limit", "usage", "inactive_file"),))
-    assert free_memory() == 750000
-    (tmp_path / "limit").write_text("max")
-    assert free_memory() > 750000

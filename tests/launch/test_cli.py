@@ -18,7 +18,9 @@ from tests.conftest import TINY, rank_environment
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.parametrize("command", [[], ["pack"], ["train"], ["sample"], ["weights"], ["config"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["pack"], ["train"], ["sample"], ["weights"], ["config"], ["demo"], ["estimate"]]
+)
 def test_help_loads_no_torch(command: list[str]) -> None:
     code = (
         "import sys; from launch.cli import app\n"
@@ -205,3 +207,31 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         module.main()
     assert caught.value.code == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_estimate_says_what_fits(cli: Cli) -> None:
+    done = cli("estimate", "demo", "--gpu", "24", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["parameters"] > 1_000_000
+    assert facts["suggestion"] == {"activation_checkpointing": "none", "micro_batch": 2}
+    assert facts["run"] is None  # a GPU of unknown speed
+    assert "does not fit" in cli("estimate", "brats_192", "--gpu", "10").stdout
+
+
+def test_estimate_without_a_configuration_is_one_line(cli: Cli) -> None:
+    for arguments in ([], ["training.zero_stage=2"]):
+        done = cli("estimate", *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "no configuration" in done.stderr
+    assert "give memory in GiB, or one of" in cli("estimate", "demo", "--gpu", "h1000").stderr
+
+
+@pytest.mark.slow
+def test_auto_checkpointing_is_chosen_and_stored(cli: Cli, tiny_packed: Path, tmp_path: Path) -> None:
+    settings = [*TINY, "training.num_steps=1", "model.activation_checkpointing=auto"]
+    done = cli("train", "--out", tmp_path / "run", "--data", tiny_packed, "-q", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "activation checkpointing: none, predicted peak" in done.stdout
+    choice = json.loads((tmp_path / "run" / "activation_checkpointing.json").read_text())
+    assert choice["predicted_peak_gib"] < choice["usable_share"] * choice["free_gib"]

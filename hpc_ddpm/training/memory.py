@@ -1,0 +1,55 @@
+"""Before training takes memory: refuse what cannot be indexed, and choose the checkpointing that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hpc_ddpm.config import Config
+from hpc_ddpm.distributed import Ranks, resolve_precision
+from hpc_ddpm.files import write_json
+from hpc_ddpm.host import free_memory
+from hpc_ddpm.model.planner import MAX_NUMEL, Planner, record, with_policy
+
+CHOICE_FILE = "activation_checkpointing.json"
+
+
+def settle_memory(config: Config, run_dir: Path, ranks: Ranks, device: torch.device) -> Config:
+    """The configuration with `activation_checkpointing=auto` replaced by the least recompute that fits; a collective.
+
+    All ranks plan with the smallest free memory among them, so they choose alike. Rank 0 stores the choice and its
+    numbers as `activation_checkpointing.json` in the run directory.
+
+    Raises:
+        ConfigError: nothing fits, or a tensor would be too large for 32-bit indices.
+    """
+    is_auto = config.model.activation_checkpointing == "auto"
+    if not is_auto and _is_far_below_index_limit(config):
+        return config
+    precision = resolve_precision(config.training.precision, device)
+    planner = Planner(config, ranks.world_size, precision, device.type)
+    planner.check_indexing()
+    if not is_auto:
+        return config
+    smallest = torch.tensor(_free_on(device, ranks), dtype=torch.int64, device=device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    plan = planner.choose_policy(int(smallest))
+    if ranks.is_main:
+        write_json(run_dir / CHOICE_FILE, record(plan, int(smallest)), indent=2)
+    return with_policy(config, plan.policy)
+
+
+def _is_far_below_index_limit(config: Config) -> bool:
+    """Without a trace: the widest level at full resolution, with its skip, twice over."""
+    widest = config.model.base_channels * max(config.model.channel_multipliers)
+    voxels = config.data.size[0] * config.data.size[1] * config.data.size[2]
+    return config.training.micro_batch * voxels * 4 * widest < MAX_NUMEL
+
+
+def _free_on(device: torch.device, ranks: Ranks) -> int:
+    """Bytes this rank may use: free on its GPU, or its share of what the node leaves."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory() // ranks.local_world_size

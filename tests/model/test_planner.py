@@ -1,0 +1,138 @@
+"""The planner's counts against PyTorch's counter, a formula of our own, and the allocator of a real step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpc_ddpm.config import Config, TrainingConfig, load_config
+from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.model import build_unet
+from hpc_ddpm.model.attention import AttentionBlock, TokenLinear
+from hpc_ddpm.model.planner import GIB, POLICIES, Planner, plan_states, with_policy
+from hpc_ddpm.model.trace import example_batch, example_loss, trace_forward, trace_step
+from launch.measure import measure_step
+
+SMALL = ["model.base_channels=16", "model.num_groups=8"]
+CONFIGS = {
+    "whole_head_128": load_config("whole_head_128").config,
+    "brats_192": load_config("brats_192").config,
+    "heads": load_config("heart_mri", [*SMALL, "model.attention_factors=[1,4]", "model.head_channels=8"]).config,
+}
+
+
+def analytic_flops(config: Config) -> tuple[int, int]:
+    """Forward, and forward with backward: 2 per multiply-add of every convolution, linear layer and attention."""
+    with torch.device("meta"):
+        network = build_unet(config)
+    first = network.input_blocks[0][0], network.time_embed[0]  # their inputs need no gradient
+    forward = total = 0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal forward, total
+        if isinstance(module, AttentionBlock):
+            B, channels, *sides = output.shape
+            products, factor = 4 * B * channels * math.prod(sides) ** 2, 3
+        elif isinstance(module, TokenLinear | nn.Linear):
+            products, factor = 2 * inputs[0].numel() * module.weight.shape[0], 3
+        elif isinstance(module, nn.Conv3d):
+            products, factor = 2 * output.numel() * module.weight[0].numel(), 3
+        else:
+            return
+        forward += products
+        total += products * (factor - (module in first))
+
+    for module in network.modules():
+        module.register_forward_hook(count)
+    x_start, _, condition, timesteps = example_batch(config, torch.device("meta"))
+    network(x_start, condition, timesteps)
+    return forward, total
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flops_are_those_of_the_layers_and_of_pytorchs_counter(name: str) -> None:
+    config = CONFIGS[name]
+    trace = trace_step(config, torch.bfloat16)
+    assert (trace.forward_flops, trace.flops) == analytic_flops(config)
+    with torch.device("meta"):
+        network = build_unet(config)
+    with FlopCounterMode(display=False) as counter:
+        example_loss(network, example_batch(config, torch.device("meta"))).backward()
+    assert counter.get_total_flops() == trace.flops
+    assert trace_forward(config, torch.bfloat16).flops == trace.forward_flops
+
+
+@pytest.mark.parametrize(("preset", "forward", "step"), [("whole_head_128", 5.54, 16.59), ("brats_192", 21.26, 63.63)])
+def test_flops_of_the_presets(preset: str, forward: float, step: float) -> None:
+    trace = trace_step(CONFIGS[preset], torch.bfloat16)
+    assert trace.forward_flops / 1e12 == pytest.approx(forward, abs=0.005)
+    assert trace.flops / 1e12 == pytest.approx(step, abs=0.005)
+
+
+@pytest.mark.parametrize("preset", ["whole_head_128", "brats_192"])
+def test_each_policy_keeps_less_and_peaks_lower_and_computes_no_less(preset: str) -> None:
+    planner = Planner(CONFIGS[preset], 1, "bf16")
+    traces = [planner.trace(policy) for policy in POLICIES]
+    for less, more in itertools.pairwise(traces):
+        assert less.saved_bytes > more.saved_bytes
+        assert less.peak_bytes > more.peak_bytes
+        assert less.flops <= more.flops
+
+
+@pytest.mark.parametrize(("preset", "limit"), [("whole_head_128", 7), ("brats_192", 3)])
+def test_what_cannot_be_indexed_is_refused(preset: str, limit: int) -> None:
+    Planner(load_config(preset, [f"training.micro_batch={limit}"]).config, 1, "bf16").check_indexing()
+    too_many = load_config(preset, [f"training.micro_batch={limit + 1}"]).config
+    with pytest.raises(ConfigError, match=rf"micro_batch={limit + 1} makes .*set training.micro_batch={limit} or less"):
+        Planner(too_many, 1, "bf16").check_indexing()
+
+
+def test_auto_recomputes_the_least_that_fits() -> None:
+    planner = Planner(load_config("brats_192", ["model.activation_checkpointing=auto"]).config, 1, "bf16")
+    totals = {policy: planner.plan(policy, 1).total for policy in POLICIES}
+    for policy, total in totals.items():
+        assert planner.choose_policy(int(total / 0.9) + 2).policy == policy
+    with pytest.raises(ConfigError, match=r"micro_batch=1 needs 16\.\d GiB .* 'full', 8\.0 GiB are free"):
+        planner.choose_policy(8 * GIB)
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
+    planner = Planner(CONFIGS["brats_192"], 1, "bf16")
+    budget = 60 * GIB
+    most = planner.largest_micro_batch("norm", budget)
+    assert most == 2
+    assert planner.plan("norm", most).total <= 0.9 * budget < planner.plan("norm", most + 1).total
+    assert planner.largest_micro_batch("none", 4 * GIB) == 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_shards_masters_moments_and_ema(stage: int) -> None:
+    training = TrainingConfig(zero_stage=stage)
+    alone, four = (plan_states(1_000_000, training, ranks, "bf16") for ranks in (1, 4))
+    assert (alone.masters, alone.moments, alone.ema) == (4_000_000, 8_000_000, 4_000_000)
+    assert (four.masters, four.moments, four.ema) == (1_000_000, 2_000_000, 1_000_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["data.size=[32,32,32]"],
+        ["data.size=[48,48,32]", "model.num_res_blocks=2", "data.modalities=[t1,t2]"],
+        ["data.size=[32,32,32]", "model.channels_last=true", "model.attention_factors=[8]"],
+    ],
+    ids=["whole_head", "brats", "channels_last"],
+)
+def test_predicted_peaks_are_within_15_percent_of_the_allocators(
+    settings: list[str], dtype: torch.dtype, policy: str
+) -> None:
+    config = with_policy(load_config(None, [*SMALL, *settings]).config, policy)
+    predicted = trace_step(config, dtype, "cpu").peak_bytes
+    assert predicted == pytest.approx(measure_step(config, dtype, torch.device("cpu")), rel=0.15)
