@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from scipy import ndimage
+from typer.testing import CliRunner
 
 import hpc_ddpm
 from hpc_ddpm.config import load_config
+from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.model.unet3d import build_unet
 from hpc_ddpm.sampling.compare import Cell, compare, gradient_rms, grid, mask_fit
 from hpc_ddpm.weights import save_weights
+from launch.compare_command import compare_command
 from tests.conftest import TINY
 
 CELLS = [Cell("ddim", 2), Cell("heun", 3), Cell("dpmpp_2m", 2, "karras")]
@@ -80,7 +84,7 @@ def test_a_grid_is_measured_once(
     assert made == ["heun-3", "heun-3", "dpmpp_2m-2", "dpmpp_2m-2"]  # both masks, new cells only
     assert grown[:4] == first and len((out / "table.md").read_text(encoding="utf-8").splitlines()) == 2 + 6
     with pytest.raises(ConfigError, match="another masks; choose another --out"):
-        compare(model, {"a": masks["a"]}, out, CELLS)
+        compare(model, {**masks, "b": masks["a"]}, out, CELLS)
 
 
 def test_grids_that_cannot_be(model: torch.nn.Module, masks: dict[str, np.ndarray], tmp_path: Path) -> None:
@@ -91,3 +95,16 @@ def test_grids_that_cannot_be(model: torch.nn.Module, masks: dict[str, np.ndarra
         grid(["ddim"], ["ten"], ["uniform"])
     with pytest.raises(ConfigError, match=r"--steps 7: this model has diffusion\.num_timesteps=6"):
         compare(model, masks, tmp_path, [Cell("ddim", 7)])
+
+
+def test_the_command_says_where_table_and_figure_are(
+    model: torch.nn.Module, masks: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    write_nifti(tmp_path / "masks" / "case.nii.gz", masks["a"], np.eye(4), np.uint8)
+    app = typer.Typer()
+    app.command()(compare_command)
+    arguments = [tmp_path / "weights", "--out", tmp_path / "out", "--masks", tmp_path / "masks", "-q"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--samplers", "unipc", "--steps", "2"])
+    assert result.exit_code == 0, result.output
+    assert "| unipc | 2 | quadratic |" in result.output and (tmp_path / "out" / "figure.png").exists()

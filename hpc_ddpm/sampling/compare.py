@@ -11,6 +11,7 @@ Shapes: N masks, C modalities, D H W = Z Y X voxels.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -139,7 +140,7 @@ def _claim(out: Path, model: torch.nn.Module, masks: Masks) -> None:
     parameter = next(model.parameters())
     compared = {
         "weights": model.provenance,
-        "masks": sorted(masks),
+        "masks": {mask_id: hashlib.sha256(labels.tobytes()).hexdigest()[:12] for mask_id, labels in masks.items()},
         "seed": config.seed,
         "sampling": config.sampling.model_dump(
             mode="json", include={"eta", "guidance_scale", "guidance_interval", "clip_x_start", "batch_size"}
@@ -148,8 +149,9 @@ def _claim(out: Path, model: torch.nn.Module, masks: Masks) -> None:
         "device": parameter.device.type,
     }
     path = out / "comparison.json"
+    compared = json.loads(json.dumps(compared))
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else compared
-    if found != json.loads(json.dumps(compared)):
+    if found != compared:
         differing = ", ".join(key for key in compared if found.get(key) != compared[key])
         raise ConfigError(f"{out} compares samplers with another {differing}; choose another --out or delete it")
     write_json(path, compared, indent=2)
@@ -162,7 +164,7 @@ def _make(model: torch.nn.Module, masks: Masks, out: Path, cell: Cell, *, keep: 
     if keep and times.exists():
         return np.load(kept), json.loads(times.read_text(encoding="utf-8"))
     config: Config = model.config  # type: ignore[assignment]
-    settings = {"sampler": cell.sampler, "num_steps": cell.num_steps, "spacing": cell.spacing}
+    settings: dict[str, Any] = {"sampler": cell.sampler, "num_steps": cell.num_steps, "spacing": cell.spacing}
     ids, batch = list(masks), config.sampling.batch_size
     parts, began = [], time.perf_counter()
     for some in (ids[first : first + batch] for first in range(0, len(ids), batch)):

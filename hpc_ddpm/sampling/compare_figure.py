@@ -46,7 +46,8 @@ def write_figure(path: Path, rows: Sequence[Row], planes: Planes) -> None:
     lines = _lines(rows[REFERENCES:])
     num_steps = sorted({row["num_steps"] for row in rows[REFERENCES:]})
     figure = Figure(figsize=(15, 4.6 + 1.45 * len(lines)), dpi=100, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[4.6, 1.45 * max(len(lines), 1)])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[4.6, 1.45 * max(len(lines), 1)])
+    top, bottom = halves
     for axes, (key, title) in zip(top.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         _curves(axes, lines, rows[:REFERENCES], key, title)
     top.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False, fontsize=9)
