@@ -88,10 +88,10 @@ def _curves(axes: Axes, lines: Mapping[str, Sequence[Row]], references: Sequence
         axes.plot(steps, [row[key] for row in line], label=name, color=f"C{index % 10}", marker="os^D"[index // 10 % 4])
     chain, ode, other_noise = references
     levels = {"rms_to_ode": [chain], "rms_to_ddpm": [ode, other_noise]}.get(key, [chain, ode])
-    for row, style in zip(levels, ("--", ":"), strict=False):
+    for row, style, (x, side) in zip(levels, ("--", ":"), ((0.98, "right"), (0.02, "left")), strict=False):
         label = "ddpm chain, other noise" if row is other_noise else f"{row['sampler']} {row['num_steps']}"
         axes.axhline(row[key], color="0.5", linestyle=style, linewidth=1)
-        axes.annotate(label, (0.98, row[key]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axes.annotate(label, (x, row[key]), xycoords=("axes fraction", "data"), ha=side, va="bottom", fontsize=8)
     axes.set(title=title, xlabel="network evaluations", xscale="log")
     if key.startswith("rms"):
         axes.set_yscale("log")
