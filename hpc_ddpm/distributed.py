@@ -6,13 +6,14 @@ in several separate one-rank runs, and mpi4py is imported only where mpirun star
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import re
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -221,6 +222,19 @@ def _export(ranks: Ranks, address: str, port: int) -> None:
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in facts.items()})
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks for the next allocation; elsewhere do nothing.
+
+    By default it returns them to the system, and activations on a CPU cost a page fault per 4 KiB each time they
+    are made: a tenth of a denoising step.
+    """
+    mmap_max, trim_threshold = -4, -1  # malloc.h
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def local_device(ranks: Ranks) -> torch.device:

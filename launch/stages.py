@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_ddpm.config import Config, config_from_dict, flatten_config, load_config
-from hpc_ddpm.distributed import Ranks, detect_ranks, local_device, process_group, resolve_precision
+from hpc_ddpm.distributed import Ranks, detect_ranks, keep_freed_memory, local_device, process_group, resolve_precision
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import write_json, writing_to
 from hpc_ddpm.runlog import provenance
@@ -185,6 +185,7 @@ def sample_stage(
     from hpc_ddpm.sampling.run import masks_from_files, masks_from_packed, run_sampling
     from hpc_ddpm.weights import load_model
 
+    keep_freed_memory()
     ranks = detect_ranks()
     device = local_device(ranks)
     model = load_model(source, overrides=list(overrides))

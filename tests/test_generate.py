@@ -10,6 +10,7 @@ import torch
 
 import hpc_ddpm
 from hpc_ddpm.config import load_config
+from hpc_ddpm.diffusion import SAMPLERS
 from hpc_ddpm.distributed import Ranks
 from hpc_ddpm.errors import CheckpointError, ConfigError, DataFormatError
 from hpc_ddpm.model.unet3d import build_unet
@@ -57,7 +58,7 @@ def test_a_volume_is_a_function_of_mask_and_seed(model: torch.nn.Module, mask: n
     assert torch.allclose(both[1], one, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_every_sampler(model: torch.nn.Module, mask: np.ndarray, sampler: str) -> None:
     seen: list[tuple[int, int]] = []
     volume = hpc_ddpm.generate(model, mask, sampler=sampler, num_steps=3, on_step=lambda *step: seen.append(step))

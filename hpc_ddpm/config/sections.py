@@ -338,13 +338,17 @@ class TrainingConfig(Section):
 class SamplingConfig(Section):
     """How volumes are generated."""
 
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc"] = "dpmpp_2m"
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "deis", "ipndm", "heun"] = "dpmpp_2m"
     num_steps: int = Field(default=20, gt=0)
-    """Network evaluations per volume; at most diffusion.num_timesteps."""
+    """Network evaluations per volume; at most diffusion.num_timesteps. heun uses two per step; guidance doubles."""
+    spacing: Literal["quadratic", "uniform", "logsnr", "karras"] = "quadratic"
+    """Which timesteps are visited: dense at the end, even in the timestep, in log SNR, or as Karras et al. 2022."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """Stochasticity of ddim: 0 deterministic, 1 as noisy as ddpm."""
     guidance_scale: float = Field(default=1.0, ge=0)
     """1 is off; needs a model trained with diffusion.condition_dropout > 0."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only at timesteps between these shares of the last one (0 clean, 1 noise); Kynkäänniemi et al. 2024."""
     clip_x_start: bool = True
     """Clamp the predicted clean volume to [-1, 1] at every step."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -353,6 +357,13 @@ class SamplingConfig(Section):
     """Volumes generated at once by one rank; does not change any volume."""
     replicas: int = Field(default=1, gt=0)
     """Volumes per mask."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplingConfig:
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guidance_interval must be [low, high] with 0 <= low < high <= 1, found {[low, high]}")
+        return self
 
 
 class Config(Section):

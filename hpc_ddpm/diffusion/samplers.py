@@ -1,7 +1,6 @@
 """Samplers: each a short function from noise to volume, with the noise of its steps passed in.
 
-Notation: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = ln(alpha / sigma). A path lists the
-levels to visit, noisiest first; after its last one comes the clean volume (alpha = 1, sigma = 0).
+Notation and paths: see `path.py`. All but `heun` evaluate the network once per level.
 """
 
 from __future__ import annotations
@@ -9,47 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, pairwise
 
 import torch
+from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from hpc_ddpm.config import SamplingConfig
 from hpc_ddpm.diffusion.gaussian import Model, predict_x_start
+from hpc_ddpm.diffusion.path import CLEAN, Level, build_path
 from hpc_ddpm.diffusion.schedules import Schedule
-from hpc_ddpm.errors import ConfigError
 
 PredictXStart = Callable[[Tensor, int], Tensor]
 """(x_t (B, C, D, H, W), timestep) -> x_start, same shape."""
 Noise = Callable[[Sequence[int]], Tensor]
 """Shape -> standard normal values, such as a NoiseSource."""
 Progress = Callable[[int, int], None]
-"""Called after each step with (steps done, steps in all)."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """One point of the path."""
-
-    timestep: int
-    alpha_bar: float
-
-    @property
-    def alpha(self) -> float:
-        """Signal scale."""
-        return math.sqrt(self.alpha_bar)
-
-    @property
-    def sigma(self) -> float:
-        """Noise scale."""
-        return math.sqrt(1 - self.alpha_bar)
-
-    @property
-    def log_snr_half(self) -> float:
-        """Lambda; infinite for the clean volume."""
-        return math.inf if self.alpha_bar == 1 else 0.5 * (math.log(self.alpha_bar) - math.log1p(-self.alpha_bar))
-
-
-CLEAN = Level(timestep=-1, alpha_bar=1.0)
+"""Called after each evaluation with (evaluations done, evaluations in all)."""
 
 
 @dataclass(frozen=True)
@@ -60,43 +35,17 @@ class Options:
     """Source of the noise of stochastic steps."""
     eta: float = 0.0
     """Stochasticity of ddim."""
-    progress: Progress = lambda done, total: None
+    corrections: int = 0
+    """How many steps heun corrects: the last ones before the final step, which cannot be corrected."""
 
 
 Sampler = Callable[[PredictXStart, Tensor, Sequence[Level], Options], Tensor]
 """From x at the path's first level to a clean volume."""
 
 
-def build_path(schedule: Schedule, num_steps: int) -> list[Level]:
-    """`num_steps` levels from the last timestep to the first; all of them when num_steps = T.
-
-    Quadratic spacing (Song et al. 2021, appendix D.2), dense where little noise is left: on the cosine
-    schedule it keeps fine detail that even spacing loses. Timesteps that would coincide move apart.
-
-    Raises:
-        ConfigError: more steps than the chain has, or none.
-    """
-    T = schedule.num_timesteps
-    if not 1 <= num_steps <= T:
-        raise ConfigError(f"sampling.num_steps={num_steps}: choose 1..{T} (the model's diffusion.num_timesteps)")
-    if num_steps == 1:
-        return [_level(schedule, T - 1)]
-    timesteps: list[int] = []
-    for index in range(num_steps):
-        even = round((T - 1) * (index / (num_steps - 1)) ** 2)
-        timesteps.append(max(even, timesteps[-1] + 1 if timesteps else 0))
-    return [_level(schedule, timestep) for timestep in reversed(timesteps)]
-
-
-def _level(schedule: Schedule, timestep: int) -> Level:
-    return Level(timestep, float(schedule.alphas_cumprod[timestep]))
-
-
-def _steps(path: Sequence[Level], progress: Progress) -> Iterator[tuple[Level, Level]]:
-    """(this level, next level) for each step; reports each step once its body has run."""
-    for index, level in enumerate(path):
-        yield level, path[index + 1] if index + 1 < len(path) else CLEAN
-        progress(index + 1, len(path))
+def _steps(path: Sequence[Level]) -> Iterator[tuple[Level, Level]]:
+    """(this level, next level) for each step."""
+    return pairwise([*path, CLEAN])
 
 
 def ddpm(predict: PredictXStart, x: Tensor, path: Sequence[Level], options: Options) -> Tensor:
@@ -104,7 +53,7 @@ def ddpm(predict: PredictXStart, x: Tensor, path: Sequence[Level], options: Opti
 
     A path with gaps uses the chain of the levels it has (Nichol & Dhariwal 2021, section 4).
     """
-    for level, after in _steps(path, options.progress):
+    for level, after in _steps(path):
         beta = 1 - level.alpha_bar / after.alpha_bar
         to_x_start = beta * after.alpha / (1 - level.alpha_bar)
         to_x = (1 - after.alpha_bar) * math.sqrt(1 - beta) / (1 - level.alpha_bar)
@@ -116,9 +65,9 @@ def ddpm(predict: PredictXStart, x: Tensor, path: Sequence[Level], options: Opti
 
 def ddim(predict: PredictXStart, x: Tensor, path: Sequence[Level], options: Options) -> Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16): eta 0 follows the ODE, 1 is as noisy as ddpm."""
-    for level, after in _steps(path, options.progress):
+    for level, after in _steps(path):
         x_start = predict(x, level.timestep)
-        epsilon = (x - level.alpha * x_start) / level.sigma
+        epsilon = _epsilon(x, x_start, level)
         spread = options.eta * after.sigma / level.sigma * math.sqrt(1 - level.alpha_bar / after.alpha_bar)
         x = after.alpha * x_start + math.sqrt(after.sigma**2 - spread**2) * epsilon
         if spread > 0:
@@ -132,7 +81,7 @@ def dpmpp_2m(predict: PredictXStart, x: Tensor, path: Sequence[Level], options: 
     The last step has order 1: lambda of the clean volume is infinite.
     """
     before: tuple[Level, Tensor] | None = None
-    for level, after in _steps(path, options.progress):
+    for level, after in _steps(path):
         x_start = predict(x, level.timestep)
         direction = x_start
         if before is not None and after is not CLEAN:
@@ -151,7 +100,7 @@ def unipc(predict: PredictXStart, x: Tensor, path: Sequence[Level], options: Opt
     """
     history: list[tuple[Level, Tensor]] = []  # the last two levels with their x_start
     corrected = x
-    for level, after in _steps(path, options.progress):
+    for level, after in _steps(path):
         x_start = predict(x, level.timestep)
         if history:
             corrected = _unipc_update(corrected, history, level, x_start)
@@ -197,7 +146,109 @@ def _phi(level: Level, after: Level) -> float:
     return after.alpha - after.sigma * level.alpha / level.sigma
 
 
-SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "unipc": unipc}
+def deis(predict: PredictXStart, x: Tensor, path: Sequence[Level], options: Options) -> Tensor:
+    """DEIS of order 3: epsilon as a polynomial in ln rho, integrated exactly (Zhang & Chen 2023, equation 14).
+
+    Deterministic; the last step has order 1.
+    """
+    return _from_earlier_epsilons(predict, x, path, order=3, weigh=_deis_weights)
+
+
+def _deis_weights(levels: Sequence[Level], after: Level) -> list[float]:
+    """Integral over rho of each Lagrange polynomial through the levels; with u = ln rho, d rho = e^u du."""
+    nodes = [-level.log_snr_half for level in levels]
+    start, end = nodes[0], -after.log_snr_half
+    weights = []
+    for node in nodes:
+        factors = (Polynomial([-other, 1]) / (node - other) for other in nodes if other != node)
+        basis = math.prod(factors, start=Polynomial([1]))
+        integral = basis - basis.deriv() + basis.deriv(2)  # times e^u; the nodes are at most three
+        weights.append(float(math.exp(end) * integral(end) - math.exp(start) * integral(start)))
+    return weights
+
+
+def ipndm(predict: PredictXStart, x: Tensor, path: Sequence[Level], options: Options) -> Tensor:
+    """iPNDM: Adams-Bashforth of order 4 in epsilon, as if steps were equal (Zhang & Chen 2023, section 4).
+
+    Deterministic; the last step has order 1.
+    """
+    return _from_earlier_epsilons(predict, x, path, order=4, weigh=_ipndm_weights)
+
+
+def _ipndm_weights(levels: Sequence[Level], after: Level) -> list[float]:
+    return [(after.rho - levels[0].rho) * weight for weight in _ADAMS_BASHFORTH[len(levels) - 1]]
+
+
+_ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+def _from_earlier_epsilons(
+    predict: PredictXStart,
+    x: Tensor,
+    path: Sequence[Level],
+    order: int,
+    weigh: Callable[[Sequence[Level], Level], list[float]],
+) -> Tensor:
+    """Solve d(x / alpha) = epsilon d rho with the weights of the last `order` epsilons, newest first."""
+    levels: list[Level] = []
+    epsilons: list[Tensor] = []
+    for level, after in _steps(path):
+        x_start = predict(x, level.timestep)
+        if after is CLEAN:
+            return x_start
+        levels = [level, *levels[: order - 1]]
+        epsilons = [_epsilon(x, x_start, level), *epsilons[: order - 1]]
+        x = after.alpha / level.alpha * x
+        for weight, epsilon in zip(weigh(levels, after), epsilons, strict=True):
+            x = x + after.alpha * weight * epsilon
+    raise AssertionError("a path has at least one level")
+
+
+def heun(predict: PredictXStart, x: Tensor, path: Sequence[Level], options: Options) -> Tensor:
+    """EDM's Heun method without churn: the ODE of x / alpha in rho (Karras et al. 2022, algorithm 1).
+
+    A corrected step evaluates the network twice.
+    """
+    for index, (level, after) in enumerate(_steps(path)):
+        x_start = predict(x, level.timestep)
+        if after is CLEAN:
+            return x_start
+        slope = _epsilon(x, x_start, level)
+        scale, step = after.alpha / level.alpha, after.alpha * (after.rho - level.rho)
+        euler = scale * x + step * slope
+        if len(path) - 1 - index <= options.corrections:
+            slope = (slope + _epsilon(euler, predict(euler, after.timestep), after)) / 2
+        x = scale * x + step * slope
+    raise AssertionError("a path has at least one level")
+
+
+def _epsilon(x: Tensor, x_start: Tensor, level: Level) -> Tensor:
+    return (x - level.alpha * x_start) / level.sigma
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "unipc": unipc,
+    "deis": deis,
+    "ipndm": ipndm,
+    "heun": heun,
+}
+
+
+def num_levels(sampler: str, num_steps: int) -> int:
+    """Levels that use exactly `num_steps` evaluations.
+
+    heun leaves its first step uncorrected (and, to use an odd number up, the second): at the rho of almost pure
+    noise, in the thousands for the cosine schedule, a mean of two slopes is worse than the first alone.
+    """
+    return min(num_steps, (num_steps + 3) // 2) if sampler == "heun" else num_steps
 
 
 def x_start_predictor(
@@ -208,6 +259,7 @@ def x_start_predictor(
     *,
     clip: bool = True,
     guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     off_value: float = 0.0,
 ) -> PredictXStart:
     """The network as a function (x_t, timestep) -> x_start.
@@ -220,14 +272,17 @@ def x_start_predictor(
         clip: clamp x_start to [-1, 1].
         guidance_scale: w of u + w (c - u) with the answers u to a blank condition and c to the given one
             (Ho & Salimans 2022, in Imagen's form); 1 evaluates the network once.
+        guidance_interval: where to guide, as shares of the last timestep; elsewhere w = 1 (Kynkäänniemi et al. 2024,
+            arXiv 2404.07724, equation 5).
         off_value: value of a blank condition.
     """
     blank = torch.full_like(condition, off_value)
+    low, high = (share * (schedule.num_timesteps - 1) for share in guidance_interval)
 
     def predict(x: Tensor, timestep: int) -> Tensor:
         timesteps = torch.full((len(x),), timestep, device=x.device)
         output = model(x, condition, timesteps)
-        if guidance_scale != 1:
+        if guidance_scale != 1 and low <= timestep <= high:
             output = torch.lerp(model(x, blank, timesteps), output, guidance_scale)
         x_start = predict_x_start(output, x, timesteps, schedule, prediction_type)
         return x_start.clamp(-1, 1) if clip else x_start
@@ -256,10 +311,10 @@ def sample(
         x_T: (B, C, D, H, W) float32 standard normal noise.
         schedule: of training; moved to the device of x_T.
         prediction_type: what the network answers.
-        config: sampler, steps, eta, guidance, clipping.
+        config: sampler, steps, spacing, eta, guidance, clipping.
         noise: for samplers that draw on the way.
         off_value: of a blank condition, for guidance.
-        progress: called after each step.
+        progress: called after each evaluation; a guided one counts once.
 
     Raises:
         ConfigError: more steps than timesteps.
@@ -271,7 +326,20 @@ def sample(
         prediction_type,
         clip=config.clip_x_start,
         guidance_scale=config.guidance_scale,
+        guidance_interval=config.guidance_interval,
         off_value=off_value,
     )
-    path = build_path(schedule, config.num_steps)
-    return SAMPLERS[config.sampler](predict, x_T, path, Options(noise, config.eta, progress))
+    path = build_path(schedule, num_levels(config.sampler, config.num_steps), config.spacing)
+    options = Options(noise, config.eta, corrections=config.num_steps - len(path))
+    return SAMPLERS[config.sampler](_counted(predict, config.num_steps, progress), x_T, path, options)
+
+
+def _counted(predict: PredictXStart, total: int, progress: Progress) -> PredictXStart:
+    done = count(1)
+
+    def counted(x: Tensor, timestep: int) -> Tensor:
+        x_start = predict(x, timestep)
+        progress(next(done), total)
+        return x_start
+
+    return counted

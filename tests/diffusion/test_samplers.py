@@ -5,12 +5,21 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    IPNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from hpc_ddpm.config import DiffusionConfig, SamplingConfig
 from hpc_ddpm.diffusion import SAMPLERS, NoiseSource, Schedule, build_schedule, sample
-from hpc_ddpm.diffusion.samplers import Level, Options, build_path, ddim, ddpm, x_start_predictor
+from hpc_ddpm.diffusion.path import Level, build_path
+from hpc_ddpm.diffusion.samplers import Options, ddim, ddpm, x_start_predictor
 from hpc_ddpm.errors import ConfigError
 
 COSINE = build_schedule(DiffusionConfig())
@@ -36,7 +45,9 @@ def run(
 ) -> Tensor:
     levels = {level.timestep: level for level in path}
     generator = torch.Generator().manual_seed(1)
-    options = Options(lambda shape: torch.randn(shape, generator=generator, dtype=x.dtype), eta)
+    options = Options(
+        lambda shape: torch.randn(shape, generator=generator, dtype=x.dtype), eta, corrections=len(path) - 2
+    )
     return SAMPLERS[name](lambda x, timestep: expectation(x, levels[timestep]), x, path, options)
 
 
@@ -47,7 +58,9 @@ def smooth_path(num_steps: int) -> list[Level]:
     ]
 
 
-@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpmpp_2m", 2), ("unipc", 2)])
+@pytest.mark.parametrize(
+    ("name", "order"), [("ddim", 1), ("dpmpp_2m", 2), ("unipc", 2), ("heun", 2), ("deis", 2), ("ipndm", 2)]
+)
 def test_error_falls_with_the_solvers_order(name: str, order: int) -> None:
     """One Gaussian: the ODE keeps (x - alpha mean) / std(x_t), so its end is known exactly."""
     mean, std = 0.3, 0.5
@@ -75,7 +88,7 @@ def test_better_solvers_need_fewer_steps() -> None:
 @pytest.mark.parametrize(
     ("name", "num_steps", "eta"),
     [("ddpm", 250, 0), ("ddpm", 100, 0), ("ddim", 100, 1), ("ddim", 100, 0.5), ("ddim", 100, 0),
-     ("dpmpp_2m", 20, 0), ("unipc", 20, 0), ("unipc", 10, 0)],
+     ("dpmpp_2m", 20, 0), ("unipc", 20, 0), ("unipc", 10, 0), ("deis", 20, 0), ("ipndm", 20, 0), ("heun", 20, 0)],
 )  # fmt: skip
 def test_moments_of_a_mixture_on_the_cosine_schedule(name: str, num_steps: int, eta: float) -> None:
     weights, means, std = [0.3, 0.7], [-0.5, 0.4], 0.1
@@ -104,12 +117,14 @@ PEERS = {
         UniPCMultistepScheduler,
         {"final_sigmas_type": "zero", "solver_type": "bh2", "solver_order": 2},
     ),
+    "deis": (DEISMultistepScheduler, {"solver_order": 3, "lower_order_final": False}),
 }
+ENDS_EARLIER = {"deis"}  # diffusers stops it at the first timestep, not at the clean volume
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with NumPy 2
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers with NumPy 2
 @pytest.mark.parametrize(("schedule", "num_steps"), [("linear", 10), ("linear", 25), ("cosine", 25)])
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", list(PEERS))
 def test_steps_are_those_of_diffusers(name: str, schedule: str, num_steps: int) -> None:
     """On an evenly spaced ("trailing") path, the one that diffusers can take; all timesteps for ddpm."""
     ours = build_schedule(DiffusionConfig(schedule=schedule))
@@ -119,24 +134,81 @@ def test_steps_are_those_of_diffusers(name: str, schedule: str, num_steps: int) 
     theirs.set_timesteps(250 if name == "ddpm" else num_steps)
     timesteps = [int(timestep) for timestep in theirs.timesteps]
 
-    x_T = expected = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    x_T = x = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    visited = []
     for timestep in timesteps:
+        visited.append(x)
         step = {"generator": torch.Generator().manual_seed(timestep)} if name in ("ddpm", "ddim") else {}
-        epsilon = network(expected, torch.full((2,), timestep))
-        expected = theirs.step(epsilon, timestep, expected, **step).prev_sample
+        epsilon = network(x, torch.full((2,), timestep))
+        x = theirs.step(epsilon, timestep, x, **step).prev_sample
+    visited += [] if name in ENDS_EARLIER else [x]
 
-    predict = x_start_predictor(
-        lambda x, condition, t: network(x, t),
-        torch.zeros(2, 1, 4, 4, 4),
-        ours,
-        "epsilon",
-        clip=name == "ddpm",
-    )
     order = iter(timesteps)
     options = Options(noise=lambda shape: torch.randn(shape, generator=torch.Generator().manual_seed(next(order))))
     path = [Level(timestep, float(ours.alphas_cumprod[timestep])) for timestep in timesteps]
-    found = SAMPLERS[name](predict, x_T, path, options)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
+    predict = x_start_predictor(
+        lambda x, condition, t: network(x, t), torch.zeros(2, 1, 4, 4, 4), ours, "epsilon", clip=name == "ddpm"
+    )
+    assert_same_course(name, predict, x_T, path, options, visited)
+
+
+def assert_same_course(
+    name: str,
+    predict: Callable[[Tensor, int], Tensor],
+    x_T: Tensor,
+    path: list[Level],
+    options: Options,
+    expected: list[Tensor],
+) -> None:
+    """Every x at which the network is evaluated, and the result where `expected` has it too, is the same."""
+    seen: list[Tensor] = []
+
+    def watched(x: Tensor, timestep: int) -> Tensor:
+        seen.append(x)
+        return predict(x, timestep)
+
+    seen.append(SAMPLERS[name](watched, x_T, path, options))
+    assert len(seen) - len(expected) in (0, 1)
+    for found, truth in zip(seen, expected, strict=False):
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=3e-5 * truth.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+def test_heun_is_that_of_diffusers() -> None:
+    """Theirs moves x / alpha."""
+    ours = build_schedule(DiffusionConfig(schedule="linear"))
+    theirs = HeunDiscreteScheduler(250, trained_betas=ours.betas.float().numpy(), timestep_spacing="trailing")
+    theirs.set_timesteps(10)
+    x_T = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    scaled, visited = x_T * (theirs.sigmas[0] ** 2 + 1).sqrt(), []
+    for timestep in theirs.timesteps:
+        visited.append(theirs.scale_model_input(scaled, timestep))
+        scaled = theirs.step(network(visited[-1], timestep.expand(2)), timestep, scaled).prev_sample
+    path = [Level(int(timestep), float(ours.alphas_cumprod[int(timestep)])) for timestep in theirs.timesteps[::2]]
+    predict = x_start_predictor(
+        lambda x, condition, t: network(x, t), torch.zeros(2, 1, 4, 4, 4), ours, "epsilon", clip=False
+    )
+    assert_same_course("heun", predict, x_T, path, Options(torch.zeros, corrections=9), [*visited, scaled])
+
+
+def test_ipndm_is_that_of_diffusers() -> None:
+    """On the schedule that it brings, where the network answers v; both start a little after its alpha = 0."""
+    theirs = IPNDMScheduler()
+    theirs.set_timesteps(16)
+    theirs.betas = theirs.betas.double()
+    theirs.betas[0] = 0.999
+    theirs.alphas = (1 - theirs.betas**2).sqrt()
+    path = [Level(index, float(alpha) ** 2) for index, alpha in enumerate(theirs.alphas[:-1])]
+    x_T = x = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    visited = []
+    for timestep in theirs.timesteps:
+        visited.append(x)
+        x = theirs.step(0.5 * torch.tanh(x), timestep, x).prev_sample
+
+    def predict(x: Tensor, index: int) -> Tensor:
+        return path[index].alpha * x - path[index].sigma * 0.5 * torch.tanh(x)
+
+    assert_same_course("ipndm", predict, x_T, path, SILENT, visited)
 
 
 def test_ddpm_at_every_timestep_is_the_posterior_chain() -> None:
@@ -162,11 +234,25 @@ def test_ddpm_at_every_timestep_is_the_posterior_chain() -> None:
 # -------------------------------------------------------------------------------- paths, guidance, errors
 
 
+@pytest.mark.parametrize("spacing", ["quadratic", "uniform", "logsnr", "karras"])
 @pytest.mark.parametrize("num_steps", [1, 2, 10, 20, 33, 250])
-def test_paths_start_at_the_noisiest_timestep_and_fall(num_steps: int) -> None:
-    timesteps = [level.timestep for level in build_path(COSINE, num_steps)]
+def test_paths_start_at_the_noisiest_timestep_and_fall(num_steps: int, spacing: str) -> None:
+    timesteps = [level.timestep for level in build_path(COSINE, num_steps, spacing)]
     assert len(timesteps) == num_steps and timesteps[0] == 249 and (timesteps[-1] == 0 or num_steps == 1)
     assert all(later < earlier for earlier, later in pairwise(timesteps))
+
+
+def test_spacings_are_even_in_what_they_name() -> None:
+    schedule = build_schedule(DiffusionConfig(schedule="linear", num_timesteps=1000))
+    measures: dict[str, Callable[[Level], float]] = {
+        "uniform": lambda level: level.timestep,
+        "quadratic": lambda level: math.sqrt(level.timestep),
+        "logsnr": lambda level: level.log_snr_half,
+        "karras": lambda level: level.rho ** (1 / 7),
+    }
+    for spacing, measure in measures.items():
+        gaps = np.diff([measure(level) for level in build_path(schedule, 8, spacing)])
+        assert gaps.std() < 0.1 * abs(gaps.mean()), (spacing, gaps)
 
 
 @pytest.mark.parametrize("num_steps", [0, 251])
@@ -213,6 +299,18 @@ def test_guidance_moves_from_the_blank_answer_through_the_conditioned_one(clip: 
         )
         answers[scale] = predict(x, 100).mean().item()
     assert answers == pytest.approx({0.0: -0.25, 1.0: 0.5, 3.0: 1.0 if clip else 2.0})
+
+
+def test_guidance_only_inside_its_interval() -> None:
+    def model(x: Tensor, condition: Tensor, timesteps: Tensor) -> Tensor:
+        return condition
+
+    condition, x = torch.full((1, 1, 2, 2, 2), 0.25), torch.zeros(1, 1, 2, 2, 2)
+    predict = x_start_predictor(model, condition, COSINE, "x_start", guidance_scale=3.0, guidance_interval=(0.2, 0.6))
+    found = {timestep: predict(x, timestep).mean().item() for timestep in (0, 49, 50, 149, 150, 249)}
+    assert found == {0: 0.25, 49: 0.25, 50: 0.75, 149: 0.75, 150: 0.25, 249: 0.25}
+    with pytest.raises(ValueError, match="guidance_interval"):
+        SamplingConfig(guidance_interval=(0.6, 0.2))
 
 
 def test_ddim_without_noise_ignores_the_source() -> None:
