@@ -136,7 +136,8 @@ class SampleFolder:
         differing = _differing(self.made_with(), wanted)
         if differing:
             raise ConfigError(
-                f"{self.path} holds volumes made with another {', '.join(differing)}; choose another --out or delete it"
+                f"{self.path} holds volumes made with another {', '.join(differing)}; "
+                "give the settings it was made with, or another --out"
             )
 
 

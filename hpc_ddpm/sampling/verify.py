@@ -49,13 +49,15 @@ def verify_set(
     shards = _open_packed(folder.path)
     problems: list[Problem] = []
     known: set[str] = set()
+    unnamed: list[Item] = []
     with ThreadPoolExecutor(num_workers) as threads:
         results = threads.map(lambda item: _check_item(folder, item, shards), items)
-        for number, (found, files) in enumerate(results, start=1):
+        for number, (item, (found, files)) in enumerate(zip(items, results, strict=True), start=1):
             problems += found
             known |= files
+            unnamed += [] if files else [item]
             progress(number, len(items))
-    return [*problems, *_extra(folder, config, items, known)]
+    return [*problems, *_extra(folder, config, items, known, unnamed)]
 
 
 def _check_item(
@@ -127,15 +129,16 @@ def _check_row(
         yield Problem("checksum", item.id, "its row in packed/ is another volume")
 
 
-def _extra(folder: SampleFolder, config: Config, items: list[Item], known: set[str]) -> Iterator[Problem]:
-    """Sidecars of unplanned volumes, and image files that nobody made; those of an unfinished volume may stay."""
+def _extra(
+    folder: SampleFolder, config: Config, items: list[Item], known: set[str], unnamed: list[Item]
+) -> Iterator[Problem]:
+    """Sidecars of unplanned volumes, and image files that nobody made; those without a sidecar yet may stay."""
     ids = {item.id for item in items}
     for item_id in sorted(folder.done() - ids):
         yield Problem("extra", f"sidecar/{item_id}.json", "not in the manifest")
-    unfinished = [item for item in items if item.id not in folder.done()]
     roles = (*config.data.modalities, MASK)
-    allowed = {f"{role}/{item.id}.nii.gz" for item in unfinished for role in roles}
-    allowed |= {f"{bids_stem(item, role)}.nii.gz" for item in unfinished for role in roles}
+    allowed = {f"{role}/{item.id}.nii.gz" for item in unnamed for role in roles}
+    allowed |= {f"{bids_stem(item, role)}.nii.gz" for item in unnamed for role in roles}
     folders = [folder.path / name for name in (*roles, BIDS) if (folder.path / name).is_dir()]
     for path in sorted(path for top in folders for path in top.rglob("*.nii.gz") if path.name[0] != "."):
         name = path.relative_to(folder.path).as_posix()
