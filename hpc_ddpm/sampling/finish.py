@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -59,6 +60,7 @@ class Finisher:
     """Masks that had to change to fit."""
     generated: int = field(default=0, init=False)
     _failed_writes: int = field(default=0, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
         parameter = next(self.model.parameters())
@@ -91,15 +93,13 @@ class Finisher:
             if error.errno not in CANNOT_WRITE:
                 raise
             self.fail(job.item, "write", f"{error.strerror}: {error.filename or self.folder.path}")
-            self._failed_writes += 1
-            if self._failed_writes >= MAX_FAILED_WRITES:
+            if self._count(is_written=False) >= MAX_FAILED_WRITES:
                 raise ClusterError(
                     f"{self.folder.path}: {MAX_FAILED_WRITES} volumes in a row could not be written "
                     f"({error.strerror}); make room, then: hpc-ddpm sample retry {self.folder.path}"
                 ) from None
         else:
-            self._failed_writes = 0
-            self.generated += 1
+            self._count(is_written=True)
         return None
 
     def fail(self, item: Item, kind: str, reason: str) -> None:
@@ -110,8 +110,16 @@ class Finisher:
 
     def failures(self) -> dict[str, int]:
         """Failed volumes of the set by kind, whoever found them."""
-        kinds = {failure.id: failure.kind for failure in self.folder.failures()}
-        return dict(Counter((self.failed | kinds).values()))
+        kinds = self.failed | {failure.id: failure.kind for failure in self.folder.failures()}
+        done = self.folder.done()
+        return dict(Counter(kind for item_id, kind in kinds.items() if item_id not in done))
+
+    def _count(self, *, is_written: bool) -> int:
+        """Of the volumes before this one, those in a row that could not be written, and this one."""
+        with self._lock:
+            self.generated += is_written
+            self._failed_writes = 0 if is_written else self._failed_writes + 1
+            return self._failed_writes
 
     def _reject(self, job: Job, score: float) -> Job | None:
         wanted = self.config.sampling.fidelity

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 from hpc_ddpm.config import Config, config_from_dict
-from hpc_ddpm.data.check.pictures import colours, picture
-from hpc_ddpm.data.check.report import STYLE
+from hpc_ddpm.data.check.pictures import picture
+from hpc_ddpm.data.check.report import legend, open_page
 from hpc_ddpm.data.nifti import ras_voxel_size_mm, turn_to_ras
 from hpc_ddpm.data.parallel import ordered_map
 from hpc_ddpm.errors import DataFormatError
@@ -116,29 +116,15 @@ def _draw(out: Path, config: Config, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _page(folder: SampleFolder, config: Config, cards: list[dict[str, Any]], failures: list[Failure]) -> str:
-    legend = "".join(
-        f'<i style="background:#{"".join(f"{round(255 * part):02x}" for part in colour)}"></i>'
-        f"{escape(config.data.labels.names[label])}"
-        for label, colour in colours(config.data.labels).items()
-    )
     failed = "".join(
         f'<li class="error"><b>{escape(failure.id)}</b> {escape(failure.kind)}: {escape(failure.reason)}</li>'
         for failure in failures[:MAX_FAILURES]
     )
     more = f"<li>and {len(failures) - MAX_FAILURES} more</li>" if len(failures) > MAX_FAILURES else ""
-    title = escape(f"{len(cards)} generated volumes of {folder.path.resolve().name}")
+    title = f"{len(cards)} generated volumes of {folder.path.resolve().name}"
     modalities, sampling = escape(", ".join(config.data.modalities)), config.sampling
     content = json.dumps(cards, ensure_ascii=False).replace("<", "\\u003c")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
+    return f"""{open_page(title)}
 <p>{sampling.sampler}, {sampling.num_steps} steps. Axial, coronal and sagittal plane through the largest piece of the
 rarest label, one row per modality ({modalities}); the patient's left is on the left.</p>
 <ul>{failed}{more}</ul>
@@ -148,7 +134,7 @@ rarest label, one row per modality ({modalities}); the patient's left is on the 
 <select name="order" aria-label="order"><option value="">by id</option>
 <option value="worst">worst fidelity first</option><option value="best">best fidelity first</option></select>
 <button type="button" name="back">←</button><output></output><button type="button" name="next">→</button>
-<span>{legend}</span>
+<span>{legend(config.data.labels)}</span>
 </form>
 <main></main>
 <script type="application/json" id="volumes">{content}</script>

@@ -34,6 +34,7 @@ from hpc_ddpm.sampling.plan import Item, build_plan, extend_manifest
 from hpc_ddpm.sampling.write import estimate_bytes
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
+LOOK_EVERY_S = 2.0
 Progress = Callable[[int, int], None]
 
 
@@ -146,6 +147,7 @@ class Worker:
     retry: bool
     on_volume: Progress
     seconds: float = field(default=0.0, init=False)
+    _next_look: float = field(default=0.0, init=False)
 
     def work(self) -> None:
         """Until every volume is finished or failed, or (where the team says so) others have begun the rest."""
@@ -188,8 +190,11 @@ class Worker:
         return failure is not None and failure.run == self.team.run
 
     def _tell(self) -> None:
-        finished = self.folder.done() | self.folder.failed()
-        self.on_volume(sum(item.id in finished for item in self.items), len(self.items))
+        """Listing a folder of thousands takes time, so not after every volume."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_EVERY_S
+            finished = self.folder.done() | self.folder.failed()
+            self.on_volume(sum(item.id in finished for item in self.items), len(self.items))
 
 
 @contextmanager

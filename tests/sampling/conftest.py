@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import hpc_ddpm
 from hpc_ddpm.config import Config, load_config
@@ -17,6 +18,7 @@ from hpc_ddpm.model.unet3d import build_unet
 from hpc_ddpm.sampling.masks import find_mask_files
 from hpc_ddpm.sampling.run import SampleReport, run_sampling
 from hpc_ddpm.weights import save_weights
+from launch.cli import app
 from tests.conftest import TINY
 
 QUICK = [*TINY, "sampling.num_steps=2"]
@@ -56,6 +58,24 @@ def generate_set(weights: Path, heads: Path) -> Generate:
         return run_sampling(model, out, record, found, **options)
 
     return run
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`hpc-ddpm sample ARGUMENTS` in this process; returns what it says on either stream."""
+    monkeypatch.setenv("HPC_DDPM_DEVICE", "cpu")
+
+    def invoke(*arguments: object, code: int = 0) -> str:
+        done = CliRunner().invoke(app, ["sample", *map(str, arguments)])
+        if isinstance(done.exception, Exception):
+            raise done.exception
+        assert done.exit_code == code, done.output
+        return done.output
+
+    return invoke
 
 
 def sidecars(out: Path) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from hpc_ddpm.sampling import write
 from hpc_ddpm.sampling.folder import SampleFolder
 from hpc_ddpm.sampling.status import read_status
 from tests.conftest import rank_environment
-from tests.sampling.conftest import QUICK, Generate, save_random_weights, sidecars, voxels
+from tests.sampling.conftest import QUICK, Generate, Run, save_random_weights, sidecars, voxels
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -42,27 +42,20 @@ def reasons(out: Path) -> dict[str, str]:
     return {failure.id: f"{failure.kind}: {failure.reason}" for failure in SampleFolder(out).failures()}
 
 
-def test_a_corrupt_mask_costs_its_volume_only(cli: Cli, weights: Path, heads: Path, masks: Path) -> None:
+def test_a_corrupt_mask_costs_its_volume_only(run: Run, weights: Path, masks: Path) -> None:
     out, broken = masks.parent / "out", masks / "head_0001.nii.gz"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
-    (masks / "head_0003.nii.gz").unlink()
     write_nifti(masks / "head_0003.nii.gz", np.full((16, 16, 16), 9, np.uint8), np.eye(4))
-    done = cli("sample", weights, "--out", out, "--masks", masks, "-q")
-    assert done.returncode == 2
-    assert "3 of 5 volumes done" in done.stdout
-    assert "2 failed (2 mask)" in done.stderr
-    assert "sample retry" in done.stderr
+    said = run(weights, "--out", out, "--masks", masks, "-q", code=2)
+    assert "3 of 5 volumes done" in said
+    assert f"2 failed (2 mask): `hpc-ddpm sample status {out}` says why" in said
     assert "head_0001.nii.gz: damaged" in reasons(out)["head_0001_r000"]
     assert "unexpected labels" in reasons(out)["head_0003_r000"]
-    listed = cli("sample", "status", out)
-    assert listed.returncode == 2
-    assert "head_0003_r000 (mask)" in listed.stdout
+    assert "head_0003_r000 (mask)" in run("status", out, code=2)
     before = voxels(out)
     broken.write_bytes(whole)
-    again = cli("sample", "retry", out, "-q")
-    assert again.returncode == 2, again.stderr
-    assert "rank 0: 1 volumes generated" in again.stdout
+    assert "rank 0: 1 volumes generated" in run("retry", out, "-q", code=2)
     assert list(reasons(out)) == ["head_0003_r000"]
     assert before.items() < voxels(out).items()
 

@@ -13,12 +13,14 @@ from hpc_ddpm.config import load_config
 from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.nifti import read_nifti
 from hpc_ddpm.data.shards import INT16_SCALE, open_packed
+from hpc_ddpm.data.team import Team
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.sampling.folder import SampleFolder
 from hpc_ddpm.sampling.masks import MaskSource, find_mask_files
 from hpc_ddpm.sampling.plan import build_plan, read_manifest, try_seed
 from hpc_ddpm.sampling.run import plan_set, run_sampling
 from hpc_ddpm.sampling.verify import verify_set
+from tests.conftest import TINY
 from tests.sampling.conftest import Generate, save_random_weights, sidecars, voxels
 
 ALL = "sampling.output.formats=[nifti,bids,packed]"
@@ -145,8 +147,6 @@ def test_two_masks_of_one_bids_name(generate_set: Generate, heads: Path, tmp_pat
 
 
 def test_what_another_worker_has_begun_is_left_to_it(generate_set: Generate, weights: Path, tmp_path: Path) -> None:
-    from hpc_ddpm.data.team import Team
-
     generate_set(tmp_path)
     for item in ("head_0001_r000", "head_0003_r000"):
         SampleFolder(tmp_path).sidecar(item).unlink()
@@ -195,8 +195,6 @@ def test_real_masks_keep_their_place_in_the_world(
 
 @pytest.mark.slow
 def test_a_synthetic_set_trains_the_next_model(generate_set: Generate, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    from tests.conftest import TINY
-
     generate_set(tmp_path / "set", "sampling.output.formats=packed")
     options = ("train", "--out", tmp_path / "run", "--data", tmp_path / "set" / "packed", *TINY, "training.num_steps=2")
     done = cli(*options)

@@ -13,11 +13,14 @@ import pytest
 
 from hpc_ddpm.data import claims
 from hpc_ddpm.data.claims import Writer, look_at_claims
+from hpc_ddpm.data.team import Team
 from hpc_ddpm.sampling.status import read_status
 from hpc_ddpm.sampling.verify import verify_set
 from tests.conftest import rank_environment
 from tests.sampling.conftest import Generate, voxels
 from tests.sampling.harness import generate_under_fire
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.slow
@@ -32,13 +35,17 @@ def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun(
-    torchrun: Callable[..., object], generate_set: Generate, weights: Path, heads: Path, tmp_path: Path
+    torchrun: Launch,
+    generate_set: Generate,
+    weights: Path,
+    heads: Path,
+    tmp_path: Path,
 ) -> None:
     generate_set(tmp_path / "one", "sampling.replicas=2")
     done = torchrun(
         2, "-m", "launch.cli", "sample", weights, "--out", tmp_path / "two", "--masks", heads, "--replicas", "2", "-q"
     )
-    assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
+    assert done.returncode == 0, done.stderr
     assert voxels(tmp_path / "one") == voxels(tmp_path / "two")
 
 
@@ -85,8 +92,6 @@ def test_a_lease_of_another_node_ends(generate_set: Generate, tmp_path: Path, mo
         owner.write_text(owner.read_text().replace(elsewhere.owner.host, "elsewhere"))
         (tmp_path / ".sample" / "claims").mkdir()
         (tmp_path / ".sample" / "claims" / "head_0002_r000").symlink_to(elsewhere.name)
-        from hpc_ddpm.data.team import Team
-
         assert generate_set(tmp_path, team=Team("x", stays=False)).done == 4
         found = read_status(tmp_path)
         assert (found["leased"], len(found["workers"]), found["left"]) == (1, 1, 1)
