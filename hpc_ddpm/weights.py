@@ -33,6 +33,16 @@ PREFIX = "denoise_fn."
 BUFFER_TOLERANCE = 1e-5  # relative; between schedules, floats differ by far more
 
 
+def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """Of names, shapes and float32 values, in the order of the names."""
+    digest = hashlib.sha256()
+    for key in sorted(state_dict):
+        tensor = state_dict[key].detach().float().cpu().contiguous()
+        digest.update(f"{key} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
 class Weights(NamedTuple):
     """A network's tensors and everything needed to use them."""
 
@@ -47,6 +57,11 @@ class Model(nn.Module):
     def __init__(self, network: nn.Module, config: Config, provenance: dict[str, Any]) -> None:
         super().__init__()
         self.network, self.config, self.provenance = network, config, provenance
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights, see `weights_sha256`; ask before the network changes its precision."""
+        return weights_sha256(self.network.state_dict())
 
     def forward(self, x_t: Tensor, condition: Tensor, timesteps: Tensor) -> Tensor:
         """(B, C, D, H, W), (B, K, D, H, W), (B,) -> (B, C, D, H, W) float32; see `UNet3d.forward`."""

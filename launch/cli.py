@@ -14,6 +14,9 @@ from hpc_ddpm.errors import HpcDdpmError
 from launch.bench_commands import bench_app
 from launch.data_commands import data_app
 from launch.options import ConfigOption, Json, Overrides, Quiet
+from launch.sample_commands import sample_app
+
+STAGES, START = "Stages (each alone, under torchrun, mpirun or srun)", "Start here"
 
 app = typer.Typer(
     name="hpc-ddpm",
@@ -25,12 +28,11 @@ app = typer.Typer(
 )
 weights_app = typer.Typer(help="Med-DDPM checkpoints in and out.", no_args_is_help=True)
 config_app = typer.Typer(help="Look at settings and presets.", no_args_is_help=True)
+app.add_typer(sample_app, name="sample", rich_help_panel=STAGES)
 app.add_typer(weights_app, name="weights", rich_help_panel="Tools")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
 app.add_typer(data_app, name="data", rich_help_panel="Tools")
 app.add_typer(bench_app, name="bench", rich_help_panel="Tools")
-
-STAGES, START = "Stages (each alone, under torchrun, mpirun or srun)", "Start here"
 
 
 @app.command(rich_help_panel=START)
@@ -83,23 +85,6 @@ def train(
 
     settings = [*(overrides or []), *([f"data.path={data.resolve()}"] if data else [])]
     raise typer.Exit(train_stage(out, config, settings, show_progress=not quiet))
-
-
-@app.command(rich_help_panel=STAGES)
-def sample(
-    source: Annotated[Path, typer.Argument(help="Run directory or imported weights.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the volumes.")],
-    masks: Annotated[Path | None, typer.Option(help="Mask, folder of masks, or table.")] = None,
-    split: Annotated[
-        str, typer.Option(help="Without --masks: take the masks of this split of the packed data.")
-    ] = "val",
-    overrides: Overrides = None,
-    quiet: Quiet = False,
-) -> None:
-    """Generate volumes for masks; finished ones are skipped."""
-    from launch.stages import sample_stage
-
-    sample_stage(source, out, masks, split, overrides or [], show_progress=not quiet)
 
 
 @app.command(rich_help_panel="Tools")

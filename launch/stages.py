@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_ddpm.config import Config, config_from_dict, flatten_config, load_config
-from hpc_ddpm.distributed import Ranks, detect_ranks, keep_freed_memory, local_device, process_group, resolve_precision
+from hpc_ddpm.distributed import Ranks, detect_ranks, process_group
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import write_json, writing_to
 from hpc_ddpm.runlog import provenance
@@ -151,12 +151,7 @@ def resume_config(run_dir: Path, source: str | None, overrides: Sequence[str]) -
     if not stored_path.is_file():
         return load_config(source, overrides).config
     stored = config_from_dict(json.loads(stored_path.read_text(encoding="utf-8")), str(stored_path))
-    if source is not None:
-        wanted = load_config(source, overrides).config
-    else:
-        changes = load_config(None, overrides)
-        given = {key: flatten_config(changes.config)[key] for key in changes.origins}
-        wanted = config_from_dict(_with(stored.dump(), given), "command line")
+    wanted = load_config(source, overrides).config if source is not None else with_overrides(stored, overrides)
     before, after = flatten_config(stored), flatten_config(wanted)
     differing = [key for key in after if before[key] != after[key]]
     fixed = [key for key in differing if key not in MAY_CHANGE and not key.startswith("sampling.")]
@@ -164,6 +159,17 @@ def resume_config(run_dir: Path, source: str | None, overrides: Sequence[str]) -
         shown = "; ".join(f"{key} {before[key]} -> {after[key]}" for key in fixed[:3])
         raise ConfigError(f"{run_dir} was started with other settings: {shown}; choose another --out or keep them")
     return wanted
+
+
+def with_overrides(stored: Config, overrides: Sequence[str]) -> Config:
+    """A stored configuration with `section.key=value` changes.
+
+    Raises:
+        ConfigError: unknown key or wrong value.
+    """
+    changes = load_config(None, overrides)
+    given = {key: flatten_config(changes.config)[key] for key in changes.origins}
+    return config_from_dict(_with(stored.dump(), given), "command line")
 
 
 def _with(tree: dict[str, object], changes: Mapping[str, object]) -> dict[str, object]:
@@ -174,43 +180,6 @@ def _with(tree: dict[str, object], changes: Mapping[str, object]) -> dict[str, o
             node = node[parent]  # type: ignore[assignment]
         node[leaf] = value
     return tree
-
-
-def sample_stage(
-    source: Path, out: Path, masks: Path | None, split: str, overrides: Sequence[str], show_progress: bool
-) -> None:
-    """`hpc-ddpm sample`: the ranks share the work without talking to each other."""
-    import torch
-
-    from hpc_ddpm.sampling.run import masks_from_files, masks_from_packed, run_sampling
-    from hpc_ddpm.weights import load_model
-
-    keep_freed_memory()
-    ranks = detect_ranks()
-    device = local_device(ranks)
-    model = load_model(source, overrides=list(overrides))
-    config = model.config
-    found = masks_from_files(masks, config) if masks else masks_from_packed(config.data.path, split)
-    is_bf16 = resolve_precision(config.sampling.precision, device) == "bf16"
-    model = model.to(device, torch.bfloat16 if is_bf16 else torch.float32)
-    with writing_to(out), progress_bar("sampling", show=show_progress and ranks.is_main) as update:
-        report = run_sampling(
-            model,
-            found,
-            out,
-            ranks,
-            model.provenance,
-            on_volume=lambda done, total: update(done, total, _of(ranks)),
-        )
-    rate = f", {report.seconds / report.generated:.2f} s per volume" if report.generated else ""
-    print(
-        f"rank {ranks.rank}: {report.generated} volumes generated{rate}, {report.skipped} were there: {out}",
-        file=sys.stderr if not ranks.is_main else sys.stdout,
-    )
-
-
-def _of(ranks: Ranks) -> str:
-    return f"(rank 0 of {ranks.world_size})" if ranks.world_size > 1 else ""
 
 
 def demo_stage(out: Path, data: Path | None, num_ranks: int, overrides: Sequence[str], show_progress: bool) -> None:

@@ -14,6 +14,7 @@ from hpc_ddpm.config import load_config
 from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.phantom import write_phantoms
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: tests share cores with others
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 TINY = [

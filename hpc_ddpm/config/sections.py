@@ -335,6 +335,40 @@ class TrainingConfig(Section):
         return self.global_batch // per_micro_step
 
 
+class OutputConfig(Section):
+    """What is written of every generated volume."""
+
+    formats: Annotated[tuple[Literal["nifti", "bids", "packed"], ...], BeforeValidator(_as_tuple)] = ("nifti",)
+    """One folder per modality, a BIDS-derivatives tree in bids/, a packed dataset in packed/; several at once."""
+    dtype: Literal["float32", "int16", "uint8"] = "float32"
+    """Of NIfTI voxels; integers carry the scale that gives the values back, and clip to the value range."""
+    value_range: Literal["model", "unit", "zero_one"] = "model"
+    """Of NIfTI voxels: about [-1, 1] as the network gave them, clipped to [-1, 1], or [0, 1]."""
+    original_grid: bool = False
+    """Put NIfTI volumes back on the grid of the mask's file; outside the model's field of view is background."""
+    mask_coding: Literal["packed", "brats_raw"] = "packed"
+    """Of NIfTI masks: the label scheme's values, or raw BraTS (0, 1, 2, 4; no brain label)."""
+    compression_level: int = Field(default=1, ge=0, le=9)
+    """Of gzip: 1 is fast, 9 is small."""
+    num_writers: int = Field(default=2, gt=0)
+    """Threads per worker that check, compress and write while the next volume is computed."""
+
+
+class FidelityConfig(Section):
+    """How well a volume follows its mask, and what happens to one that does not."""
+
+    method: Literal["auto", "background", "segmenter", "none"] = "auto"
+    """auto: the segmenter if one is given, else the background where the label scheme covers the whole brain."""
+    segmenter: str = ""
+    """TorchScript file, or MONAI bundle folder, that maps (1, C, ...) in [-1, 1] to labels or logits."""
+    segmenter_axes: Literal["zyx", "xyz"] = "zyx"
+    """Order of the segmenter's spatial axes; MONAI bundles see xyz."""
+    reject_below: float = Field(default=0.0, ge=0, le=1)
+    """Volumes that score less are made again with the next seed; 0 keeps all."""
+    max_tries: int = Field(default=3, gt=0)
+    """Seeds per volume before it counts as failed."""
+
+
 class SamplingConfig(Section):
     """How volumes are generated."""
 
@@ -354,9 +388,29 @@ class SamplingConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the device is fast at it, else fp32."""
     batch_size: int = Field(default=1, gt=0)
-    """Volumes generated at once by one rank; does not change any volume."""
+    """Volumes that a worker holds at once: masks read ahead and, with `exact` false, computed in one batch."""
+    exact: bool = True
+    """The network sees one volume at a time, so that batches change no bit; false allows about 1e-4 in fp32."""
+    compile: bool = False
+    """Compile the network on GPUs with torch.compile; CPUs run it as it is."""
     replicas: int = Field(default=1, gt=0)
     """Volumes per mask."""
+    mask_fit: Literal["resample", "refuse"] = "resample"
+    """Masks of another grid, orientation or with labels missing: bring them to the model's grid, or refuse them."""
+    output: OutputConfig = OutputConfig()
+    fidelity: FidelityConfig = FidelityConfig()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what a volume is and how it is stored."""
+        only_effort: dict[str, Any] = {
+            "batch_size": True,
+            "replicas": True,
+            "mask_fit": True,
+            "output": {"compression_level", "num_writers"},
+            "fidelity": {"max_tries"},
+        }
+        return self.model_dump(mode="json", exclude=only_effort)
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:

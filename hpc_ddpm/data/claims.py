@@ -14,7 +14,9 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -123,13 +125,7 @@ class Writer:
         return [entry for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
 
     def _is_alive(self, folder: Path) -> bool:
-        """Judged by the clock of the file system: our own heartbeat against the other's."""
-        try:
-            silence_s = self._last_beat - folder.stat().st_mtime
-        except FileNotFoundError:
-            return False
-        owner = _owner(folder)
-        return owner is not None and not owner.is_gone and silence_s < LEASE_S
+        return _is_alive(folder, self._last_beat)
 
     def _keep_beating(self) -> None:
         while not self._end.wait(HEARTBEAT_S):
@@ -139,6 +135,40 @@ class Writer:
         with suppress(OSError):
             os.utime(self.scratch)
             self._last_beat = self.scratch.stat().st_mtime
+
+
+def look_at_claims(state: Path) -> tuple[list[Owner], set[str]]:
+    """Living writers of a folder, and the units of work that they have claimed; without joining them."""
+    writers, claims = state / "writers", state / "claims"
+    if not writers.is_dir():
+        return [], set()
+    now = _file_system_time(state)
+    alive = [entry for entry in writers.iterdir() if entry.name[0] != "." and _is_alive(entry, now)]
+    names, held = {folder.name for folder in alive}, set()
+    for link in claims.iterdir() if claims.is_dir() else ():
+        with suppress(OSError):
+            if str(link.readlink()) in names:
+                held.add(link.name)
+    return [owner for owner in map(_owner, alive) if owner], held
+
+
+def _is_alive(folder: Path, now: float) -> bool:
+    """Judged by the clock of the file system: `now` is the time of something just written there."""
+    try:
+        silence_s = now - folder.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    owner = _owner(folder)
+    return owner is not None and not owner.is_gone and silence_s < LEASE_S
+
+
+def _file_system_time(folder: Path) -> float:
+    """By its own clock where a file can be written, else by ours."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def _owner(folder: Path) -> Owner | None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import LabelsConfig
-from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.errors import ConfigError, DataFormatError
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,28 @@ def add_foreground(mask: NDArray[np.uint8], inside: NDArray[np.bool_], labels: L
     """Give `labels.foreground_label`, if set, to the unlabelled voxels among `inside`; changes `mask`."""
     if labels.foreground_label is not None:
         mask[(mask == 0) & inside] = labels.foreground_label
+
+
+def to_brats_raw(mask: NDArray[np.uint8], labels: LabelsConfig) -> NDArray[np.uint8]:
+    """Mask values of a BraTS scheme to those of raw BraTS files: enhancing tumour is 4, the rest of the brain 0.
+
+    Raises:
+        ConfigError: the scheme has other labels than BraTS.
+    """
+    if set(labels.names) != {1, 2, BRATS_ENHANCING, BRATS_BRAIN}:
+        raise ConfigError(
+            f"sampling.output.mask_coding=brats_raw needs labels 1, 2, 3 and 4 = brain, found {_named(labels)}; "
+            "use mask_coding=packed"
+        )
+    raw = mask.copy()
+    raw[mask == BRATS_BRAIN] = 0
+    raw[mask == BRATS_ENHANCING] = BRATS_ENHANCING_ON_DISK
+    return raw
+
+
+def covers_foreground(labels: LabelsConfig) -> bool:
+    """Whether the mask is, by its definition, all that is above background (skull-stripped brains)."""
+    return labels.foreground_label is not None or "brain" in labels.names.values()
 
 
 def outer_label(labels: LabelsConfig) -> int | None:

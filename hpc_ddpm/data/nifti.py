@@ -174,15 +174,21 @@ def write_nifti(
     dtype: DTypeLike | None = None,
     *,
     compression_level: int = 6,
+    scale: tuple[float, float] | None = None,
+    like: Path | None = None,
+    scratch: Path | None = None,
 ) -> None:
     """Write (D, H, W) as .nii or .nii.gz, atomically; sform and qform set, mm; equal input gives equal bytes.
 
     Args:
         path: ends in .nii or .nii.gz.
-        volume: (D, H, W); cast to `dtype` without scale factors.
+        volume: (D, H, W); cast to `dtype`.
         affine: (4, 4), X, Y, Z voxels to mm.
         dtype: on disk; None is uint8 for uint8 and bool, float32 for floats, else the array's own.
         compression_level: 0..9, of gzip.
+        scale: (slope, offset) that readers apply to integers; None is none.
+        like: NIfTI file whose header's codes and texts are taken over.
+        scratch: as in `atomic_path`.
 
     Raises:
         DataFormatError: the name is not a NIfTI name, or the array is not 3-D.
@@ -194,14 +200,28 @@ def write_nifti(
         raise DataFormatError(f"{path}: shape {volume.shape} found, (D, H, W) expected; write one file per channel")
     image = nib.Nifti1Image(volume.T.astype(_disk_dtype(volume, dtype), copy=False), affine)
     image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner")
-    with atomic_path(path) as temporary, temporary.open("wb") as raw:
+    sform, qform = _take_over(image, like) if like is not None else ("scanner", "scanner")
+    image.set_sform(affine, code=sform)
+    image.set_qform(affine, code=qform)
+    if scale is not None:
+        image.header.set_slope_inter(*scale)
+    with atomic_path(path, scratch=scratch) as temporary, temporary.open("wb") as raw:
         if not path.name.lower().endswith(".gz"):
             image.to_stream(raw)
             return
         with gzip.GzipFile("", "wb", compression_level, raw, mtime=0) as packed:
             image.to_stream(packed)
+
+
+def _take_over(image: nib.Nifti1Image, like: Path) -> tuple[int, int]:
+    """Give `image` the texts of a NIfTI file; returns the codes of its sform and qform, one of them at least set."""
+    header = _open(like).header
+    if not isinstance(header, nib.Nifti1Header):
+        return 1, 1
+    for name in ("descrip", "aux_file", "intent_name"):
+        image.header[name] = header[name]
+    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    return (sform, qform) if sform or qform else (1, 1)
 
 
 def _disk_dtype(volume: NDArray[Any], dtype: DTypeLike | None) -> np.dtype[Any]:

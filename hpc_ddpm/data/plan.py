@@ -103,7 +103,7 @@ def build_plan(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: bo
         DataFormatError: `out` holds a dataset of other settings, or of subjects that changed or are gone.
     """
     if not (out / INDEX).exists():
-        return Plan(config, {}, {}, _chunks(config, rows, 0))
+        return Plan(config, {}, {}, chunks(config, rows, 0))
     try:
         return _extend(out, read_index(out), config, rows)
     except DataFormatError as error:
@@ -111,10 +111,10 @@ def build_plan(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: bo
             advice = "pack into another --out, or replace it with --overwrite"
             raise DataFormatError(f"{error}; {advice}") from None
     (out / INDEX).unlink(missing_ok=True)
-    return Plan(config, {}, {}, _chunks(config, rows, 0))
+    return Plan(config, {}, {}, chunks(config, rows, 0))
 
 
-def _chunks(config: DataConfig, rows: Sequence[Row], first: int) -> tuple[Shard, ...]:
+def chunks(config: DataConfig, rows: Sequence[Row], first: int) -> tuple[Shard, ...]:
     """Shards of about `shard_size_gib`, numbered from `first`."""
     bytes_per_voxel = np.dtype(config.storage_dtype).itemsize * config.num_modalities + 1
     length = max(1, int(config.shard_size_gib * 2**30 / (math.prod(config.size) * bytes_per_voxel)))
@@ -143,7 +143,7 @@ def _extend(out: Path, index: Index, config: DataConfig, rows: Sequence[Row]) ->
         kept[number] = entry
     _refuse(out, problems)
     new = [row for row in rows if row.subject.id not in taken]
-    return Plan(config, kept, splits, (*lost, *_chunks(config, new, len(index.shards))))
+    return Plan(config, kept, splits, (*lost, *chunks(config, new, len(index.shards))))
 
 
 def _compare(

@@ -1,15 +1,24 @@
-"""What is to be generated: one item per volume, each with its own seed, the same on every rank.
+"""What is to be generated: one line per volume in manifest.jsonl, each with its own seed; lines are only added.
 
-How the items are split over ranks is derived from the plan and never stored in it.
+Who generates what is decided by leases while it runs, and never stored.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from hpc_ddpm.distributed import Ranks
+from hpc_ddpm.data.claims import Writer
+from hpc_ddpm.errors import ConfigError, DataFormatError
+from hpc_ddpm.files import atomic_path
+from hpc_ddpm.sampling.masks import MaskSource
+
+MANIFEST = "manifest.jsonl"
+WAIT_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -18,25 +27,91 @@ class Item:
 
     id: str
     mask_id: str
+    mask: str
+    """File, or packed dataset in which `mask_id` is the subject."""
+    layout: str
+    """`packed`, or how the file is coded: see `DataConfig.layout`."""
     replica: int
     seed: int
 
+    @property
+    def source(self) -> MaskSource:
+        """Where its mask is."""
+        return MaskSource(self.mask_id, self.mask, self.layout)
 
-def build_plan(mask_ids: Iterable[str], replicas: int, seed: int) -> list[Item]:
+
+def build_plan(masks: Iterable[MaskSource], replicas: int, seed: int) -> list[Item]:
     """Every mask `replicas` times; more replicas or masks later leave the earlier items as they are."""
     return [
-        Item(f"{mask_id}_r{replica:03d}", mask_id, replica, volume_seed(seed, mask_id, replica))
-        for mask_id in mask_ids
+        Item(f"{mask.id}_r{replica:03d}", mask.id, mask.path, mask.layout, replica, volume_seed(seed, mask.id, replica))
+        for mask in masks
         for replica in range(replicas)
     ]
 
 
 def volume_seed(seed: int, mask_id: str, replica: int) -> int:
     """63 bits of SHA-256 over the run's seed, the mask and the replica."""
-    digest = hashlib.sha256(f"{seed}\0{mask_id}\0{replica}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return _hash63(f"{seed}\0{mask_id}\0{replica}")
 
 
-def share(items: Sequence[Item], ranks: Ranks) -> list[Item]:
-    """This rank's items."""
-    return list(items[ranks.rank :: ranks.world_size])
+def try_seed(seed: int, attempt: int) -> int:
+    """The seed of a volume's later tries; try 0 is the planned seed itself."""
+    return seed if attempt == 0 else _hash63(f"{seed}\0try {attempt}")
+
+
+def read_manifest(out: Path) -> list[Item]:
+    """The planned volumes in their order; empty where nothing is planned.
+
+    Raises:
+        DataFormatError: a line that is no item.
+    """
+    path = out / MANIFEST
+    if not path.is_file():
+        return []
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            items.append(Item(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DataFormatError(f"{path}:{number}: not a planned volume ({error}); restore the file") from None
+    return items
+
+
+def extend_manifest(out: Path, wanted: Iterable[Item], writer: Writer) -> list[Item]:
+    """Add what is not planned yet, and return the whole plan.
+
+    Raises:
+        ConfigError: a volume is planned already from another mask file or with another seed.
+    """
+    wanted = list(wanted)
+    while True:
+        planned = read_manifest(out)
+        new = _missing(out, planned, wanted)
+        if not new:
+            return planned
+        with writer.claim(MANIFEST) as is_ours:
+            if is_ours:
+                planned = read_manifest(out)
+                _write(out / MANIFEST, [*planned, *_missing(out, planned, wanted)], writer.scratch)
+        time.sleep(0 if is_ours else WAIT_S)
+
+
+def _missing(out: Path, planned: Iterable[Item], wanted: Iterable[Item]) -> list[Item]:
+    known = {item.id: item for item in planned}
+    for item in wanted:
+        found = known.get(item.id, item)
+        if found != item:
+            raise ConfigError(
+                f"{out}: {item.id} is planned from {found.mask} with seed {found.seed}, asked for from {item.mask} "
+                f"with seed {item.seed}; choose another --out"
+            )
+    return [item for item in wanted if item.id not in known]
+
+
+def _write(path: Path, items: Iterable[Item], scratch: Path) -> None:
+    with atomic_path(path, scratch=scratch) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+
+
+def _hash63(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -1,168 +1,261 @@
-"""Generate what a plan asks for: this rank's share, in batches, finished volumes skipped."""
+"""Generate what a plan asks for, together with any number of workers that know each other by the folder alone.
+
+A worker takes volumes by leases (`data.claims`), reads masks ahead, computes, and hands each volume to threads that
+check and write it. A lease ends with its worker: what a dead one had begun, another takes over.
+"""
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from hpc_ddpm.config import Config, SamplingConfig
-from hpc_ddpm.data.discover import find_layout, find_masks
-from hpc_ddpm.data.preprocess import prepare_mask
-from hpc_ddpm.data.shards import open_packed
-from hpc_ddpm.distributed import Ranks
-from hpc_ddpm.errors import ConfigError, DataFormatError
-from hpc_ddpm.files import write_json
+from hpc_ddpm.config import Config
+from hpc_ddpm.data.claims import Writer
+from hpc_ddpm.data.team import Team
+from hpc_ddpm.distributed import StopFlag
+from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.files import writing_to
 from hpc_ddpm.runlog import package_versions
-from hpc_ddpm.sampling.generate import generate
-from hpc_ddpm.sampling.plan import Item, build_plan, share
-from hpc_ddpm.sampling.write import sidecar_path, write_generated
+from hpc_ddpm.sampling.bids import BIDS, check_labels, describe_dataset
+from hpc_ddpm.sampling.fidelity import build_fidelity
+from hpc_ddpm.sampling.finish import Finisher
+from hpc_ddpm.sampling.folder import PURPOSE, SampleFolder
+from hpc_ddpm.sampling.masks import MaskSource
+from hpc_ddpm.sampling.packed import PACKED, assemble
+from hpc_ddpm.sampling.pipeline import Pipeline
+from hpc_ddpm.sampling.plan import Item, build_plan, extend_manifest
+from hpc_ddpm.sampling.write import estimate_bytes
 
-Mask = tuple[NDArray[np.uint8], NDArray[np.float64]]
-"""Labels (D, H, W) and their affine."""
-
-
-Masks = dict[str, Callable[[], Mask]]
-"""Masks by id, loaded when called."""
-
-
-def masks_from_files(path: Path, config: Config) -> Masks:
-    """Mask files of a folder, tree, table or single file, brought to the model's grid.
-
-    Raises:
-        DataFormatError: nothing found.
-    """
-
-    data = config.data.model_copy(update={"layout": _layout(path)})
-
-    def loader(file: Path) -> Callable[[], Mask]:
-        return lambda: prepare_mask(file, data)[:2]
-
-    return {mask_id: loader(file) for mask_id, file in find_masks(path)}
-
-
-def _layout(path: Path) -> str:
-    """How the masks are coded follows from where they lie, not from what the model was trained on."""
-    try:
-        return find_layout(path)
-    except DataFormatError:  # a file or a plain folder of masks
-        return "tree"
-
-
-def masks_from_packed(path: str, split: str) -> Masks:
-    """Masks of one split of a packed dataset.
-
-    Raises:
-        ConfigError: no packed dataset is named.
-        DataFormatError: nobody is in the split.
-    """
-    if not path:
-        raise ConfigError("no masks: give --masks PATH, or data.path=PACKED to take them from a packed dataset")
-    packed = open_packed(path)
-    subjects = packed.subjects(split)
-    if not subjects:
-        there = sorted({subject.split for subject in packed.subjects()})
-        raise DataFormatError(
-            f"{path}: no subject in split '{split}', found {', '.join(there)}; choose one with --split"
-        )
-
-    def loader(index: int) -> Callable[[], Mask]:
-        return lambda: (packed.read_mask(index), packed.affine(index))
-
-    return {subject.id: loader(subject.index) for subject in subjects}
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
+LOOK_EVERY_S = 2.0
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What one rank did."""
+    """What one worker did, and how the set stands."""
 
-    planned: int
-    skipped: int
     generated: int
+    """By this worker."""
     seconds: float
+    done: int
+    planned: int
+    failed: dict[str, int]
+    """Volumes that could not be made, by anyone, by kind."""
+    fitted: int
+    """Masks that this worker had to change to make them fit."""
+    stopped_by: int = 0
+    """Signal that ended it early."""
+
+
+def plan_set(
+    out: Path, config: Config, weights: dict[str, Any], masks: Sequence[MaskSource]
+) -> tuple[list[Item], list[Item]]:
+    """Plan every mask `sampling.replicas` times, on top of what is planned.
+
+    Args:
+        out: folder of the set, created where missing.
+        config: of the model, with its sampling section.
+        weights: `path`, `sha256` and `provenance` of the weights.
+        masks: to condition on; without any, those that are planned already get more replicas.
+
+    Returns:
+        The whole plan, and what this call asked for.
+
+    Raises:
+        ConfigError: `out` holds volumes of other weights, settings or masks.
+        ClusterError: `out` cannot be written.
+    """
+    folder = SampleFolder(out)
+    with writing_to(out), Writer(folder.state, PURPOSE) as writer:
+        return _plan(folder, config, weights, masks, writer)
 
 
 def run_sampling(
     model: torch.nn.Module,
-    masks: Masks,
     out: Path,
-    ranks: Ranks,
-    weights_record: dict[str, Any],
-    on_volume: Callable[[int, int], None] = lambda done, total: None,
+    weights: dict[str, Any],
+    masks: Sequence[MaskSource] = (),
+    *,
+    team: Team | None = None,
+    retry: bool = False,
+    on_volume: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> SampleReport:
-    """Generate this rank's share of masks x replicas into `out`.
+    """Generate what is planned, and these masks too, until nothing is left to do.
 
     Args:
-        model: from `load_model`, on its device and in its precision; its `config.sampling` and seed are used.
-        masks: to condition on.
-        out: folder for the volumes.
-        ranks: as detected; the ranks need no process group.
-        weights_record: what identifies the weights, for the sidecars.
-        on_volume: called with (volumes done, volumes of this rank).
+        model: from `load_model`, on its device and in its precision; its `config` decides.
+        out: folder of the set.
+        weights: as for `plan_set`.
+        masks: as for `plan_set`.
+        team: others that were started with the same arguments; None is none.
+        retry: make failed volumes again, and only those.
+        on_volume: called with (finished volumes, planned volumes).
+        say: told, in one line, how much disk it takes.
 
     Raises:
-        ConfigError: `out` holds volumes of other weights or settings.
-        DataFormatError: a mask that cannot be used, or a volume that came out with NaN.
+        ConfigError: `out` holds volumes of other weights, settings or masks.
+        ClusterError: `out` cannot be written or has no room for the volumes.
     """
+    folder, team = SampleFolder(out), team or Team(run=f"{time.time_ns():x}"[-12:])
     config: Config = model.config  # type: ignore[assignment]
-    sampling = config.sampling
-    _claim(out, {"seed": config.seed, "weights": weights_record, "sampling": _identity(sampling)})
-    mine = share(build_plan(masks, sampling.replicas, config.seed), ranks)
-    todo = [item for item in mine if not sidecar_path(out, item.id).exists()]
-    started = time.perf_counter()
-    on_volume(len(mine) - len(todo), len(mine))
-    for first in range(0, len(todo), sampling.batch_size):
-        batch = todo[first : first + sampling.batch_size]
-        _generate_batch(model, config, [masks[item.mask_id]() for item in batch], batch, out, weights_record)
-        on_volume(len(mine) - len(todo) + first + len(batch), len(mine))
-    return SampleReport(len(mine), len(mine) - len(todo), len(todo), time.perf_counter() - started)
+    device = next(model.parameters()).device
+    fidelity = build_fidelity(config, device)
+    with writing_to(out), Writer(folder.state, PURPOSE) as writer, StopFlag() as stop:
+        items, _ = _plan(folder, config, weights, masks, writer)
+        if retry:
+            to_mend = folder.failed()
+            todo = [item for item in items if item.id in to_mend]
+        else:
+            todo = items
+        _check_space(folder, config, todo, say)
+        if "bids" in config.sampling.output.formats:
+            describe_dataset(out, package_versions(), config.data.labels.names, writer.scratch)
+        with exact_kernels(config, device):
+            finisher = Finisher(folder, config, weights, model, writer.scratch, fidelity, team.run)
+            worker = Worker(model, folder, todo, writer, team, finisher, stop, retry, on_volume)
+            worker.work()
+        done, failed = folder.done() & {item.id for item in items}, finisher.failures()
+        is_complete = len(done) + sum(failed.values()) == len(items)
+        if is_complete and PACKED in config.sampling.output.formats:
+            _assemble(folder, config, items, done, writer)
+        if is_complete and writer.leave():
+            shutil.rmtree(folder.state, ignore_errors=True)
+        fitted, signal = len(finisher.fitted), stop.signal or 0
+        return SampleReport(finisher.generated, worker.seconds, len(done), len(items), failed, fitted, signal)
 
 
-def _identity(sampling: SamplingConfig) -> dict[str, Any]:
-    """The settings that change a volume."""
-    return sampling.model_dump(mode="json", exclude={"batch_size", "replicas"})
+@dataclass
+class Worker:
+    """One process at work on a set."""
+
+    model: torch.nn.Module
+    folder: SampleFolder
+    items: Sequence[Item]
+    writer: Writer
+    team: Team
+    finisher: Finisher
+    stop: StopFlag
+    retry: bool
+    on_volume: Progress
+    seconds: float = field(default=0.0, init=False)
+    _next_look: float = field(default=0.0, init=False)
+
+    def work(self) -> None:
+        """Until every volume is finished or failed, or (where the team says so) others have begun the rest."""
+        started, wait_s = time.perf_counter(), FIRST_WAIT_S
+        pipeline = Pipeline(self.model, self.finisher, self.writer, self._is_finished, lambda: bool(self.stop.signal))
+        pipeline.on_volume = self._tell
+        while not self.stop.signal:
+            pending = self._pending()
+            if not pending:
+                break
+            if pipeline.run(pending):
+                wait_s = FIRST_WAIT_S
+            elif self.team.stays:
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+            else:
+                break
+        self.seconds = time.perf_counter() - started
+
+    def _pending(self) -> list[Item]:
+        """In the plan's order, from this worker's place in the team on, round."""
+        begin = len(self.items) * self.team.index // self.team.size
+        finished = self.folder.done() | self._given_up()
+        self.on_volume(len([item for item in self.items if item.id in finished]), len(self.items))
+        return [item for item in (*self.items[begin:], *self.items[:begin]) if item.id not in finished]
+
+    def _given_up(self) -> set[str]:
+        """Failed ones; a retry counts only those that failed in it."""
+        here = set(self.finisher.failed)
+        if not self.retry:
+            return here | self.folder.failed()
+        return here | {failure.id for failure in self.folder.failures() if failure.run == self.team.run}
+
+    def _is_finished(self, item: Item) -> bool:
+        if self.folder.sidecar(item.id).exists() or item.id in self.finisher.failed:
+            return True
+        if not self.retry:
+            return self.folder.failure(item.id).exists()
+        failure = self.folder.read_failure(item.id)
+        return failure is not None and failure.run == self.team.run
+
+    def _tell(self) -> None:
+        """Listing a folder of thousands takes time, so not after every volume."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_EVERY_S
+            finished = self.folder.done() | self.folder.failed()
+            self.on_volume(sum(item.id in finished for item in self.items), len(self.items))
 
 
-def _claim(out: Path, made_with: dict[str, Any]) -> None:
-    """Keep volumes of different origin out of one folder."""
-    path = out / "sampling.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found != made_with:
-            differing = ", ".join(key for key in made_with if found.get(key) != made_with[key])
-            raise ConfigError(f"{out} holds volumes made with another {differing}; choose another --out or delete it")
-    else:
-        write_json(path, made_with, indent=2)
+@contextmanager
+def exact_kernels(config: Config, device: torch.device) -> Iterator[None]:
+    """The same arithmetic on every machine of a kind.
+
+    PyTorch chooses another convolution for one thread than for several, so there are two at least.
+    """
+    if not config.sampling.exact:
+        yield
+        return
+    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    if device.type == "cpu":
+        torch.set_num_threads(max(2, threads))
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = deterministic
 
 
-def _generate_batch(
-    model: torch.nn.Module,
-    config: Config,
-    masks: list[Mask],
-    batch: list[Item],
-    out: Path,
-    weights_record: dict[str, Any],
-) -> None:
-    began = time.perf_counter()
-    labels = np.stack([mask for mask, _ in masks])
-    volumes = generate(model, labels, seed=[item.seed for item in batch]).cpu().numpy()
-    seconds = (time.perf_counter() - began) / len(batch)
-    parameter = next(model.parameters())
-    for item, volume, (mask, affine) in zip(batch, volumes, masks, strict=True):
-        record = {
-            **asdict(item),
-            "weights": weights_record,
-            "sampling": config.sampling.model_dump(mode="json"),
-            "precision": str(parameter.dtype).removeprefix("torch."),
-            "device": parameter.device.type,
-            "versions": package_versions(),
-            "seconds": round(seconds, 3),
-        }
-        write_generated(out, item.id, volume, mask, affine, config.data.modalities, record)
+def _plan(
+    folder: SampleFolder, config: Config, weights: dict[str, Any], masks: Sequence[MaskSource], writer: Writer
+) -> tuple[list[Item], list[Item]]:
+    folder.claim(config, weights, writer)
+    wanted = build_plan(masks, config.sampling.replicas, config.seed)
+    items = extend_manifest(folder.path, wanted, writer)
+    if not masks:
+        known = dict.fromkeys(item.source for item in items)
+        wanted = build_plan(known, config.sampling.replicas, config.seed)
+        items = extend_manifest(folder.path, wanted, writer)
+    if BIDS in config.sampling.output.formats:
+        check_labels(items)
+    return items, wanted
+
+
+def _check_space(folder: SampleFolder, config: Config, items: Sequence[Item], say: Callable[[str], None]) -> None:
+    done = folder.done()
+    left, each = sum(item.id not in done for item in items), estimate_bytes(config)
+    free = shutil.disk_usage(folder.path).free
+    line = f"{left} volumes of about {_size(each)}: {_size(left * each)}, {_size(free)} free"
+    if left * each > free:
+        raise ClusterError(
+            f"{folder.path}: {line}; make room, choose another --out, or shrink them: "
+            "sampling.output.dtype=int16, sampling.output.compression_level=6"
+        )
+    if left:
+        say(line)
+
+
+def _size(count: float) -> str:
+    unit = next(unit for unit in ("B", "KiB", "MiB", "GiB", "TiB") if count < 1024 or not (count := count / 1024))
+    return f"{count:.1f} {unit}"
+
+
+def _assemble(folder: SampleFolder, config: Config, items: Sequence[Item], done: set[str], writer: Writer) -> None:
+    """Shards of the rows that are in none yet."""
+    with writer.claim(PACKED) as is_ours:
+        if is_ours:
+            records = {item_id: folder.record(item_id)["packed"] for item_id in done}
+            assemble(folder.path, items, records, config.data, writer)
+            with suppress(OSError):
+                (folder.path / PACKED / "rows").rmdir()

@@ -5,8 +5,15 @@ import pytest
 import torch
 
 from hpc_ddpm.config import LabelsConfig, load_config
-from hpc_ddpm.data.labels import brats_raw_labels, check_present, count_labels, one_hot, remap_labels
-from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.data.labels import (
+    brats_raw_labels,
+    check_present,
+    count_labels,
+    one_hot,
+    remap_labels,
+    to_brats_raw,
+)
+from hpc_ddpm.errors import ConfigError, DataFormatError
 
 BRATS = load_config("brats_192").config.data.labels
 FILE = Path("m.nii")
@@ -28,6 +35,15 @@ def test_raw_brats_scheme() -> None:
     assert brats_raw_labels(own) is own
     three = LabelsConfig(names={1: "a", 2: "b", 3: "c"})
     assert brats_raw_labels(three).foreground_label is None
+
+
+def test_back_to_raw_brats() -> None:
+    labels, mask = load_config("brats_192").config.data.labels, np.array([0, 1, 2, 3, 4], np.uint8)
+    raw = to_brats_raw(mask, labels)
+    assert raw.tolist() == [0, 1, 2, 4, 0]
+    assert remap_labels(raw, brats_raw_labels(labels), Path("x")).tolist() == [0, 1, 2, 3, 0]
+    with pytest.raises(ConfigError, match="needs labels 1, 2, 3 and 4"):
+        to_brats_raw(mask, LabelsConfig())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from hpc_ddpm.config import LabelsConfig
 from hpc_ddpm.data.check.cohort_checks import Facts
 from hpc_ddpm.data.check.findings import KINDS, SEVERITIES, Finding, by_kind
 from hpc_ddpm.data.check.pictures import colours
@@ -77,30 +78,39 @@ def write_check_report(path: Path, report: CheckReport) -> Path:
     return path
 
 
-def _head(report: CheckReport) -> str:
-    groups = by_kind(report.findings)
-    counts = {name: sum(f.severity == name for f in report.findings) for name in SEVERITIES}
-    totals = ", ".join(f"{count} {name}s" for name, count in counts.items())
-    options = "".join(f'<option value="{kind}">{kind} ({len(group)})</option>' for kind, group in groups.items())
-    legend = "".join(
-        f'<i style="background:#{"".join(f"{round(255 * part):02x}" for part in colour)}"></i>'
-        f"{escape(report.config.labels.names[label])}"
-        for label, colour in colours(report.config.labels).items()
-    )
-    general = [finding for finding in report.findings if not finding.subjects]
-    listed = "".join(_line(finding) for finding in general[:MAX_GENERAL])
-    more = f"<li>and {len(general) - MAX_GENERAL} more</li>" if len(general) > MAX_GENERAL else ""
-    title = escape(f"{len(report.cases)} subjects of {report.source}")
+def open_page(title: str) -> str:
+    """A page that loads nothing, up to and with its heading."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title>{escape(title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>{title}</h1>
+<h1>{escape(title)}</h1>"""
+
+
+def legend(labels: LabelsConfig) -> str:
+    """Colour and name of every label, as the pictures draw them."""
+    return "".join(
+        f'<i style="background:#{"".join(f"{round(255 * part):02x}" for part in colour)}"></i>'
+        f"{escape(labels.names[label])}"
+        for label, colour in colours(labels).items()
+    )
+
+
+def _head(report: CheckReport) -> str:
+    groups = by_kind(report.findings)
+    counts = {name: sum(f.severity == name for f in report.findings) for name in SEVERITIES}
+    totals = ", ".join(f"{count} {name}s" for name, count in counts.items())
+    options = "".join(f'<option value="{kind}">{kind} ({len(group)})</option>' for kind, group in groups.items())
+    general = [finding for finding in report.findings if not finding.subjects]
+    listed = "".join(_line(finding) for finding in general[:MAX_GENERAL])
+    more = f"<li>and {len(general) - MAX_GENERAL} more</li>" if len(general) > MAX_GENERAL else ""
+    title = f"{len(report.cases)} subjects of {report.source}"
+    return f"""{open_page(title)}
 <p>{totals}. Axial, coronal and sagittal plane through the largest piece of the rarest label, one row per modality
 ({escape(", ".join(report.config.modalities))}); the patient's left is on the left.</p>
 <ul>{listed}{more}</ul>
@@ -108,7 +118,7 @@ def _head(report: CheckReport) -> str:
 <input name="id_filter" placeholder="subject contains …" aria-label="subject contains">
 <select name="kind_filter" aria-label="with this finding"><option value="">all subjects</option>{options}</select>
 <output>{len(report.cases)} of {len(report.cases)}</output>
-<span>{legend}</span>
+<span>{legend(report.config.labels)}</span>
 </form>
 <main>
 """

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from scipy import ndimage
 from typer.testing import CliRunner
 
@@ -20,7 +19,7 @@ from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.model.unet3d import build_unet
 from hpc_ddpm.sampling.compare import Cell, compare, gradient_rms, grid, mask_fit
 from hpc_ddpm.weights import save_weights
-from launch.compare_command import compare_command
+from launch.sample_commands import sample_app
 from tests.conftest import TINY
 
 CELLS = [Cell("ddim", 2), Cell("heun", 3), Cell("dpmpp_2m", 2, "karras")]
@@ -102,9 +101,7 @@ def test_the_command_says_where_table_and_figure_are(
 ) -> None:
     pytest.importorskip("matplotlib")
     write_nifti(tmp_path / "masks" / "case.nii.gz", masks["a"], np.eye(4), np.uint8)
-    app = typer.Typer()
-    app.command()(compare_command)
     arguments = [tmp_path / "weights", "--out", tmp_path / "out", "--masks", tmp_path / "masks", "-q"]
-    result = CliRunner().invoke(app, [*map(str, arguments), "--samplers", "unipc", "--steps", "2"])
+    result = CliRunner().invoke(sample_app, ["compare", *map(str, arguments), "--samplers", "unipc", "--steps", "2"])
     assert result.exit_code == 0, result.output
     assert "| unipc | 2 | quadratic |" in result.output and (tmp_path / "out" / "figure.png").exists()

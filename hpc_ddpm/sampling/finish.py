@@ -1,0 +1,156 @@
+"""What happens to a volume once it is computed: checked, scored, written, recorded; or marked as failed."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hpc_ddpm.config import Config
+from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.files import CANNOT_WRITE, write_json
+from hpc_ddpm.runlog import package_versions
+from hpc_ddpm.sampling.fidelity import Fidelity
+from hpc_ddpm.sampling.folder import Failure, SampleFolder
+from hpc_ddpm.sampling.masks import Mask
+from hpc_ddpm.sampling.plan import Item, try_seed
+from hpc_ddpm.sampling.write import voxels_sha256, write_outputs
+
+MAX_FAILED_WRITES = 3
+"""In a row; then the disk is the problem, not the volume."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A volume that this worker has the lease of."""
+
+    item: Item
+    mask: Mask
+    lease: ExitStack
+    rejected: tuple[dict[str, Any], ...] = ()
+    """Earlier tries: attempt, seed and fidelity of each."""
+
+    @property
+    def seed(self) -> int:
+        """Of this try."""
+        return try_seed(self.item.seed, len(self.rejected))
+
+
+@dataclass
+class Finisher:
+    """Checks, writes and records volumes; several threads may call it."""
+
+    folder: SampleFolder
+    config: Config
+    weights: dict[str, Any]
+    model: torch.nn.Module
+    scratch: Path
+    fidelity: tuple[str, Fidelity] | None
+    run: str
+    failed: dict[str, str] = field(default_factory=dict, init=False)
+    """Id -> kind, of this worker; a full disk keeps no record."""
+    fitted: set[str] = field(default_factory=set, init=False)
+    """Masks that had to change to fit."""
+    generated: int = field(default=0, init=False)
+    _failed_writes: int = field(default=0, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        parameter = next(self.model.parameters())
+        is_gpu = parameter.device.type == "cuda"
+        self._made_by = {
+            "weights": self.weights,
+            "sampling": self.config.sampling.model_dump(mode="json"),
+            "precision": str(parameter.dtype).removeprefix("torch."),
+            "device": parameter.device.type,
+            "device_name": torch.cuda.get_device_name(parameter.device) if is_gpu else "",
+            "threads": torch.get_num_threads(),
+            "versions": package_versions(),
+        }
+
+    def finish(self, job: Job, volume: NDArray[np.float32], seconds: float) -> Job | None:
+        """Write a volume (C, D, H, W), or mark it as failed; returns the next try where it was rejected.
+
+        Raises:
+            ClusterError: several volumes in a row could not be written.
+        """
+        if not np.isfinite(volume).all():
+            self.fail(job.item, "nan", "the volume has NaN or infinite voxels; try precision fp32 or other weights")
+            return None
+        score = None if self.fidelity is None else round(self.fidelity[1](volume, job.mask.labels), 6)
+        if score is not None and score < self.config.sampling.fidelity.reject_below:
+            return self._reject(job, score)
+        try:
+            self._write(job, volume, seconds, score)
+        except OSError as error:
+            if error.errno not in CANNOT_WRITE:
+                raise
+            self.fail(job.item, "write", f"{error.strerror}: {error.filename or self.folder.path}")
+            if self._count(is_written=False) >= MAX_FAILED_WRITES:
+                raise ClusterError(
+                    f"{self.folder.path}: {MAX_FAILED_WRITES} volumes in a row could not be written "
+                    f"({error.strerror}); make room, then: hpc-ddpm sample retry {self.folder.path}"
+                ) from None
+        else:
+            self._count(is_written=True)
+        return None
+
+    def fail(self, item: Item, kind: str, reason: str) -> None:
+        """Mark a volume as failed, on disk if that can be written."""
+        self.failed[item.id] = kind
+        with suppress(OSError):
+            self.folder.write_failure(Failure(item.id, kind, reason, self.run), self.scratch)
+
+    def failures(self) -> dict[str, int]:
+        """Failed volumes of the set by kind, whoever found them."""
+        kinds = self.failed | {failure.id: failure.kind for failure in self.folder.failures()}
+        done = self.folder.done()
+        return dict(Counter(kind for item_id, kind in kinds.items() if item_id not in done))
+
+    def _count(self, *, is_written: bool) -> int:
+        """Of the volumes before this one, those in a row that could not be written, and this one."""
+        with self._lock:
+            self.generated += is_written
+            self._failed_writes = 0 if is_written else self._failed_writes + 1
+            return self._failed_writes
+
+    def _reject(self, job: Job, score: float) -> Job | None:
+        wanted = self.config.sampling.fidelity
+        tries = (*job.rejected, {"attempt": len(job.rejected), "seed": job.seed, "fidelity": score})
+        if len(tries) < wanted.max_tries:
+            return replace(job, rejected=tries)
+        scores = ", ".join(f"{one['fidelity']:.3f}" for one in tries)
+        self.fail(job.item, "rejected", f"fidelity {scores} in {len(tries)} tries, {wanted.reject_below} asked for")
+        return None
+
+    def _write(self, job: Job, volume: NDArray[np.float32], seconds: float, score: float | None) -> None:
+        item, mask = job.item, job.mask
+        outputs = write_outputs(self.folder.path, item, volume, mask, self.config, self.scratch)
+        record = {
+            **asdict(item),
+            "seed": job.seed,
+            "planned_seed": item.seed,
+            "attempt": len(job.rejected),
+            "rejected": list(job.rejected),
+            "mask_sha256": mask.sha256,
+            "mask_changes": list(mask.changes),
+            "mask_coding": self.config.sampling.output.mask_coding,
+            "fidelity": score,
+            "fidelity_method": self.fidelity[0] if self.fidelity else None,
+            "voxels_sha256": voxels_sha256(volume),
+            **outputs,
+            **self._made_by,
+            "seconds": round(seconds, 3),
+        }
+        if mask.changes:
+            self.fitted.add(item.mask_id)
+        write_json(self.folder.sidecar(item.id), record, indent=2, scratch=self.scratch)
+        with suppress(OSError):
+            self.folder.failure(item.id).unlink(missing_ok=True)

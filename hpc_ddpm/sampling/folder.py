@@ -1,0 +1,166 @@
+"""The folder of a generated set: who is finished, who failed, and with what it was made.
+
+manifest.jsonl      one line per planned volume
+sampling.json       seed, weights and settings that all its volumes share
+sidecar/ID.json     the record of a finished volume, written last
+failed/ID.json      why a volume could not be made
+<modality>/, mask/, bids/, packed/   the volumes, as `sampling.output.formats` says
+.sample/            leases and unfinished files of living workers
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_ddpm.config import Config
+from hpc_ddpm.data.claims import Writer
+from hpc_ddpm.errors import ConfigError, DataFormatError
+from hpc_ddpm.files import write_json
+from hpc_ddpm.sampling.plan import MANIFEST, WAIT_S
+
+SETTINGS = "sampling.json"
+PURPOSE = "sample"
+"""Workers of a folder differ in nothing that matters: `sampling.json` sees to it."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a volume could not be made."""
+
+    id: str
+    kind: str
+    """mask, nan, write or rejected."""
+    reason: str
+    run: str
+    """Start of the command that found it, see `Team`."""
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """Paths and records of a generated set."""
+
+    path: Path
+
+    @property
+    def state(self) -> Path:
+        """Leases and unfinished files."""
+        return self.path / ".sample"
+
+    def sidecar(self, item_id: str) -> Path:
+        """The record of a finished volume."""
+        return self.path / "sidecar" / f"{item_id}.json"
+
+    def failure(self, item_id: str) -> Path:
+        """The record of a failed one."""
+        return self.path / "failed" / f"{item_id}.json"
+
+    def done(self) -> set[str]:
+        """Ids of finished volumes."""
+        return _stems(self.path / "sidecar")
+
+    def failed(self) -> set[str]:
+        """Ids of volumes that could not be made."""
+        return _stems(self.path / "failed") - self.done()
+
+    def failures(self) -> list[Failure]:
+        """Their records, by id."""
+        return [failure for item_id in sorted(self.failed()) if (failure := self.read_failure(item_id))]
+
+    def read_failure(self, item_id: str) -> Failure | None:
+        """The record, unless it is gone or damaged."""
+        try:
+            return Failure(**json.loads(self.failure(item_id).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write_failure(self, failure: Failure, scratch: Path) -> None:
+        """Mark a volume as failed."""
+        write_json(self.failure(failure.id), asdict(failure), indent=2, scratch=scratch)
+
+    def record(self, item_id: str) -> dict[str, Any]:
+        """The sidecar's content.
+
+        Raises:
+            DataFormatError: damaged.
+        """
+        path = self.sidecar(item_id)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataFormatError(f"{path}: not a readable sidecar ({error}); delete it to make it again") from None
+        if not isinstance(record, dict):
+            raise DataFormatError(f"{path}: not a sidecar; delete it to make it again")
+        return record
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Of all finished volumes, by id."""
+        return (self.record(item_id) for item_id in sorted(self.done()))
+
+    def made_with(self) -> dict[str, Any]:
+        """The content of sampling.json.
+
+        Raises:
+            DataFormatError: `path` is not a generated set.
+        """
+        path = self.path / SETTINGS
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise DataFormatError(
+                f"{self.path}: no readable {SETTINGS} here; give a folder that `hpc-ddpm sample` wrote"
+            ) from None
+        return content
+
+    def claim(self, config: Config, weights: dict[str, Any], writer: Writer) -> None:
+        """Keep volumes of different origin out of one folder.
+
+        Raises:
+            ConfigError: `path` holds volumes of other weights or settings.
+        """
+        wanted = {
+            "seed": config.seed,
+            "weights": weights,
+            "identity": config.sampling.identity,
+            "config": config.dump(),
+        }
+        while not (self.path / SETTINGS).exists():
+            with writer.claim(SETTINGS) as is_ours:
+                if is_ours and not (self.path / SETTINGS).exists():
+                    write_json(self.path / SETTINGS, wanted, indent=2, scratch=writer.scratch)
+            time.sleep(0 if is_ours else WAIT_S)
+        differing = _differing(self.made_with(), wanted)
+        if differing:
+            raise ConfigError(
+                f"{self.path} holds volumes made with another {', '.join(differing)}; "
+                "give the settings it was made with, or another --out"
+            )
+
+
+def find_folder(path: Path) -> SampleFolder:
+    """The generated set in or above `path`.
+
+    Raises:
+        DataFormatError: there is none.
+    """
+    for folder in (path, *path.resolve().parents):
+        if (folder / SETTINGS).is_file() and (folder / MANIFEST).is_file():
+            return SampleFolder(folder)
+    raise DataFormatError(f"{path}: no {MANIFEST} and {SETTINGS} here or above; give a folder of `hpc-ddpm sample`")
+
+
+def _differing(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    names = [f"sampling.{name}" for name, value in wanted["identity"].items() if found["identity"].get(name) != value]
+    if found["weights"]["sha256"] != wanted["weights"]["sha256"]:
+        names.insert(0, "weights")
+    return [*names, *(["seed"] if found["seed"] != wanted["seed"] else [])]
+
+
+def _stems(folder: Path) -> set[str]:
+    if not folder.is_dir():
+        return set()
+    return {entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".json") and entry.name[0] != "."}

@@ -1,0 +1,155 @@
+"""Masks to condition on: where they are, and each as the network sees it, with what had to change for that."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_ddpm.config import Config, DataConfig
+from hpc_ddpm.data.discover import find_layout, find_masks
+from hpc_ddpm.data.geometry import Geometry
+from hpc_ddpm.data.labels import count_labels
+from hpc_ddpm.data.nifti import axis_codes, voxel_size_mm
+from hpc_ddpm.data.preprocess import prepare_mask
+from hpc_ddpm.data.shards import Packed, open_packed
+from hpc_ddpm.errors import ConfigError, DataFormatError
+
+PACKED = "packed"
+
+
+@dataclass(frozen=True)
+class MaskSource:
+    """Where a mask is."""
+
+    id: str
+    path: str
+    """Of its file, or of the packed dataset in which `id` is the subject."""
+    layout: str
+    """`packed`, or how the file is coded: see `DataConfig.layout`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A mask as the network sees it."""
+
+    labels: NDArray[np.uint8]
+    """(D, H, W), values of the label scheme."""
+    geometry: Geometry
+    file: Path | None
+    """The NIfTI file it came from; None for a packed subject."""
+    changes: tuple[str, ...]
+    """What was done to make it fit."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the labels, C order."""
+        return hashlib.sha256(np.ascontiguousarray(self.labels).data).hexdigest()
+
+
+def find_mask_files(path: Path) -> list[MaskSource]:
+    """Mask files of a folder, tree, table or single file.
+
+    Raises:
+        DataFormatError: nothing found.
+    """
+    try:
+        layout = find_layout(path)
+    except DataFormatError:  # a file or a plain folder of masks
+        layout = "tree"
+    return [MaskSource(mask_id, str(file.resolve()), layout) for mask_id, file in find_masks(path)]
+
+
+def find_packed_masks(path: str, split: str | None = None, subjects: Sequence[str] = ()) -> list[MaskSource]:
+    """Masks of a packed dataset: of one split, or of the subjects named.
+
+    Raises:
+        ConfigError: no packed dataset is named.
+        DataFormatError: nobody is in the split, or a subject is not in the dataset.
+    """
+    if not path:
+        raise ConfigError("no masks: give --masks PATH, or data.path=PACKED to take them from a packed dataset")
+    everyone = open_packed(path).subjects()
+    chosen = [subject.id for subject in everyone if split in (None, subject.split)]
+    if not chosen:
+        there = ", ".join(sorted({subject.split for subject in everyone}))
+        raise DataFormatError(f"{path}: no subject in split '{split}', found {there}; choose one with --split")
+    unknown = sorted(set(subjects) - set(chosen))
+    if unknown:
+        raise DataFormatError(
+            f"{path}: no subject {', '.join(unknown[:5])} among its {len(chosen)}; `hpc-ddpm data ls {path}` lists them"
+        )
+    return [MaskSource(subject, str(Path(path).resolve()), PACKED) for subject in subjects or chosen]
+
+
+def load_mask(source: MaskSource, config: Config) -> Mask:
+    """The mask, on the model's grid.
+
+    Raises:
+        DataFormatError: missing, damaged, of other labels, or it does not fit and `sampling.mask_fit` says refuse.
+    """
+    if source.layout == PACKED:
+        return _load_packed(source, config)
+    path, data = Path(source.path), config.data.model_copy(update={"layout": source.layout})
+    may_change = config.sampling.mask_fit == "resample"
+    if data.fit == "exact" and may_change:
+        data = data.model_copy(update={"fit": "crop_pad"})
+    labels, _, geometry = prepare_mask(path, data)
+    changes = _changes(labels, geometry, data)
+    if changes and not may_change:
+        raise DataFormatError(
+            f"{path}: does not fit the model ({'; '.join(changes)}); mend it, or set sampling.mask_fit=resample"
+        )
+    return Mask(labels, geometry, path, changes)
+
+
+def _changes(labels: NDArray[np.uint8], geometry: Geometry, data: DataConfig) -> tuple[str, ...]:
+    """What differs between the file and what the network sees, for people."""
+    found, wanted = axis_codes(geometry.file_affine), axis_codes(geometry.affine)
+    (shape, affine), changes = geometry.oriented, []
+    if found != wanted:
+        changes.append(f"turned from {found} to {wanted}")
+    if voxel_size_mm(affine) != voxel_size_mm(geometry.affine):
+        changes.append(f"voxels of {_sides(voxel_size_mm(affine))} mm to {_sides(voxel_size_mm(geometry.affine))} mm")
+    if shape != geometry.size:
+        changes.append(f"size {_sides(shape)} to {_sides(geometry.size)} by {geometry.fit}")
+    voxels = count_labels(labels, data.labels).tolist()
+    absent = [name for name, count in zip(data.labels.names.values(), voxels, strict=True) if not count]
+    if absent:
+        changes.append(f"no {', '.join(absent)} in it")
+    return tuple(changes)
+
+
+def _load_packed(source: MaskSource, config: Config) -> Mask:
+    packed, index = _open(source.path)
+    given, wanted = packed.data, config.data
+    for name in ("size", "orientation"):
+        if getattr(given, name) != getattr(wanted, name):
+            raise DataFormatError(
+                f"{source.path}: packed with data.{name}={getattr(given, name)}, the model has "
+                f"{getattr(wanted, name)}; pack the masks for this model, or give their files with --masks"
+            )
+    if given.labels.names != wanted.labels.names:
+        raise DataFormatError(
+            f"{source.path}: packed with labels {dict(given.labels.names)}, the model has "
+            f"{dict(wanted.labels.names)}; pack the masks for this model"
+        )
+    if source.id not in index:
+        raise DataFormatError(f"{source.path}: no subject {source.id}; it was there when this was planned")
+    number = index[source.id]
+    return Mask(packed.read_mask(number), packed.geometry(number), None, ())
+
+
+@lru_cache(maxsize=4)
+def _open(path: str) -> tuple[Packed, dict[str, int]]:
+    packed = open_packed(path)
+    return packed, {subject.id: subject.index for subject in packed.subjects()}
+
+
+def _sides(values: Sequence[float]) -> str:
+    return "x".join(f"{value:g}" for value in values)

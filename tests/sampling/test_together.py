@@ -1,0 +1,102 @@
+"""Many workers, killed and replaced, under every launcher: always the volumes that one process makes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpc_ddpm.data import claims
+from hpc_ddpm.data.claims import Writer, look_at_claims
+from hpc_ddpm.data.team import Team
+from hpc_ddpm.sampling.status import read_status
+from hpc_ddpm.sampling.verify import verify_set
+from tests.conftest import rank_environment
+from tests.sampling.conftest import Generate, voxels
+from tests.sampling.harness import generate_under_fire
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.slow
+def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
+    num_volumes = int(os.environ.get("HPC_DDPM_HARNESS_VOLUMES", "200"))
+    outcome = generate_under_fire(tmp_path, num_volumes)
+    assert outcome.killed >= 5
+    assert outcome.problems == ()
+    assert outcome.is_identical
+    assert len(voxels(tmp_path / "fire")) == num_volumes
+
+
+@pytest.mark.slow
+def test_torchrun(
+    torchrun: Launch,
+    generate_set: Generate,
+    weights: Path,
+    heads: Path,
+    tmp_path: Path,
+) -> None:
+    generate_set(tmp_path / "one", "sampling.replicas=2")
+    done = torchrun(
+        2, "-m", "launch.cli", "sample", weights, "--out", tmp_path / "two", "--masks", heads, "--replicas", "2", "-q"
+    )
+    assert done.returncode == 0, done.stderr
+    assert voxels(tmp_path / "one") == voxels(tmp_path / "two")
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_mpirun_says_what_failed_and_kills_nobody(weights: Path, heads: Path, tmp_path: Path) -> None:
+    """A rank that leaves with exit code 2 would end the others: all leave together."""
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if mpirun is None:
+        pytest.skip("mpirun is not installed")
+    shutil.copytree(heads, tmp_path / "masks")
+    (tmp_path / "masks" / "broken.nii.gz").write_bytes(b"x")
+    command = [mpirun, "--oversubscribe", "-n", "2", sys.executable, "-m", "launch.cli", "sample", str(weights)]
+    command += ["--out", str(tmp_path / "out"), "--masks", str(tmp_path / "masks"), "-q"]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    done = subprocess.run(
+        command, env=rank_environment() | root, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "5 of 6 volumes done" in done.stdout
+    assert len(voxels(tmp_path / "out")) == 5
+
+
+@pytest.mark.slow
+def test_array_tasks(weights: Path, heads: Path, tmp_path: Path) -> None:
+    """Tasks of an array leave what others have begun, and the set is whole when the last has ended."""
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "5"}
+    command = [sys.executable, "-m", "launch.cli", "sample", str(weights), "--out", str(tmp_path), "-q"]
+    command += ["--masks", str(heads), "sampling.output.formats=[packed]"]
+    tasks = [
+        subprocess.Popen(command, env=rank_environment() | array | {"SLURM_ARRAY_TASK_ID": str(5 + index)})
+        for index in range(3)
+    ]
+    assert [task.wait(timeout=300) for task in tasks] == [0, 0, 0]
+    assert verify_set(tmp_path) == []
+    assert (tmp_path / "packed" / "index.json").exists()
+
+
+def test_a_lease_of_another_node_ends(generate_set: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that cannot be asked whether it lives keeps its volume until its heartbeat is old."""
+    with Writer(tmp_path / ".sample", "sample") as elsewhere:
+        elsewhere._end.set()
+        owner = elsewhere.scratch / "owner.json"
+        owner.write_text(owner.read_text().replace(elsewhere.owner.host, "elsewhere"))
+        (tmp_path / ".sample" / "claims").mkdir()
+        (tmp_path / ".sample" / "claims" / "head_0002_r000").symlink_to(elsewhere.name)
+        assert generate_set(tmp_path, team=Team("x", stays=False)).done == 4
+        found = read_status(tmp_path)
+        assert (found["leased"], len(found["workers"]), found["left"]) == (1, 1, 1)
+        assert found["eta_s"] is not None
+        then = elsewhere.scratch.stat().st_mtime - claims.LEASE_S - 1
+        os.utime(elsewhere.scratch, (then, then))
+        assert look_at_claims(tmp_path / ".sample") == ([], set())
+        assert generate_set(tmp_path, masks=None).done == 5
