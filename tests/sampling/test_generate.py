@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hpc_ddpm
+from hpc_ddpm.diffusion import SAMPLERS
 from hpc_ddpm.errors import CheckpointError, ConfigError, DataFormatError
 
 
