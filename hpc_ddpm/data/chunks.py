@@ -92,7 +92,7 @@ class _Layout:
     def of(cls, dataset: h5py.Dataset) -> _Layout:
         plan = dataset.id.get_create_plist()
         filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
-        return cls(dataset.chunks[-3:], dataset.dtype, filters)
+        return cls((dataset.chunks or ())[-3:], dataset.dtype, filters)
 
 
 def _decode_lz4(data: memoryview, out: memoryview) -> None:
