@@ -98,7 +98,7 @@ class _Layout:
     def of(cls, dataset: h5py.Dataset) -> _Layout:
         plan = dataset.id.get_create_plist()
         filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
-        is_whole = dataset.chunks[-3:] == dataset.shape[-3:]
+        is_whole = (dataset.chunks or ())[-3:] == dataset.shape[-3:]
         return cls(is_whole, dataset.shape[-3:], dataset.dtype, filters)
 
 

@@ -63,6 +63,18 @@ def test_few_buffers_serve_many_batches(dataset: VolumeDataset, num_workers: int
     assert len({batch["image"].data_ptr() for batch in loader}) <= num_workers + 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_on_a_gpu_stay_as_they_were_read(dataset: VolumeDataset) -> None:
+    indices = [[i % len(dataset)] for i in range(30)]
+    for batch, (index,) in zip(
+        copy_ahead(build_loader(dataset, indices, 2), torch.device("cuda")), indices, strict=True
+    ):
+        time.sleep(0.01)
+        assert torch.equal(batch["image"][0].cpu(), dataset[index]["image"])
+        assert torch.equal(batch["mask"][0].cpu(), dataset[index]["mask"])
+
+
 def test_damage_is_reported_when_its_turn_comes(dataset: VolumeDataset) -> None:
     shard = dataset.packed.path / "shard-00001.h5"
     shard.write_bytes(b"\0" * shard.stat().st_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Contestant:
     """(volumes, workers): with readers of its own. None is torch's DataLoader with worker processes."""
 
 
-def ours(name: str, sample: Sample, packed: Path, note: str) -> Contestant:
+def ours(name: str, packed: Path, note: str) -> Contestant:
     """What training does until the copy to the GPU."""
 
     def open_() -> Read:
@@ -69,7 +70,7 @@ def ours(name: str, sample: Sample, packed: Path, note: str) -> Contestant:
 
 def ours_expanded(sample: Sample) -> Contestant:
     """The same, and expanded on the CPU as training on a CPU does."""
-    stored = ours(OURS, sample, sample.packed, "")
+    stored = ours(OURS, sample.packed, "")
 
     def open_() -> Read:
         read, expand = stored.open(), Expand(sample.config.labels)
@@ -88,24 +89,29 @@ def ours_expanded(sample: Sample) -> Contestant:
     return Contestant(OURS, "LZ4, CRC-32 checked, float32 and one-hot", NETWORK, stored.files, open_, batches)
 
 
-def memory_map(sample: Sample, folder: Path) -> Contestant:
-    """The raw bytes, mapped once and copied into memory that is there."""
+def memory_map(sample: Sample, folder: Path, *, keep: bool = False) -> Contestant:
+    """The raw bytes, copied into memory that is there; mapped anew for each read, as every new subject is, or once."""
     files = {"image": (sample.image, folder / "image.bin"), "mask": (sample.mask, folder / "mask.bin")}
     for array, path in files.values():
         array.tofile(path)
 
     def open_() -> Read:
-        maps = [np.memmap(path, array.dtype, "r", shape=array.shape) for array, path in files.values()]
         outs = [np.empty_like(array) for array, _ in files.values()]
 
+        def map_all() -> list[NDArray[Any]]:
+            return [np.memmap(path, array.dtype, "r", shape=array.shape) for array, path in files.values()]
+
+        kept = map_all() if keep else None
+
         def read() -> Volumes:
-            for out, map_ in zip(outs, maps, strict=True):
-                np.copyto(out, map_)
+            for out, mapped in zip(outs, kept or map_all(), strict=True):
+                np.copyto(out, mapped)
             return outs[0], outs[1]
 
         return read
 
-    return Contestant("memory map", "raw bytes, no check", STORED, [path for _, path in files.values()], open_)
+    name, note = ("memory map, kept", "the same, mapped once") if keep else ("memory map", "raw bytes, no check")
+    return Contestant(name, note, STORED, [path for _, path in files.values()], open_)
 
 
 def plain_hdf5(sample: Sample, folder: Path) -> Contestant:
@@ -184,12 +190,16 @@ def web_dataset(sample: Sample, folder: Path) -> Contestant:
 def persistent_dataset(sample: Sample, folder: Path) -> Contestant:
     """Tensors that MONAI has cached on disk."""
     from monai.data import PersistentDataset
+    from monai.transforms import Transform
 
-    def transform(_: object) -> dict[str, torch.Tensor]:
-        return {"image": torch.from_numpy(sample.image), "mask": torch.from_numpy(sample.mask)}
+    class Give(Transform):
+        """MONAI caches what its own kind of transforms give, and calls others every time."""
+
+        def __call__(self, data: object) -> dict[str, torch.Tensor]:
+            return {"image": torch.from_numpy(sample.image), "mask": torch.from_numpy(sample.mask)}
 
     def open_() -> Read:
-        dataset = PersistentDataset([{"subject": 0}], transform=[transform], cache_dir=folder)
+        dataset = PersistentDataset([{"subject": 0}], transform=[Give()], cache_dir=folder)
 
         def read() -> Volumes:
             item = dataset[0]
@@ -242,6 +252,7 @@ def build_contestants(sample: Sample, folder: Path, clone: Path | None) -> tuple
     """
     writers: dict[str, Callable[[Sample, Path], Contestant]] = {
         "memory map": memory_map,
+        "memory map, kept": partial(memory_map, keep=True),
         "HDF5": plain_hdf5,
         "nii.gz": compressed_nifti,
         "Zarr": zarr_arrays,
@@ -249,8 +260,8 @@ def build_contestants(sample: Sample, folder: Path, clone: Path | None) -> tuple
         "MONAI PersistentDataset": persistent_dataset,
     }
     found = [
-        ours(OURS, sample, sample.packed, "LZ4, CRC-32 checked"),
-        ours(f"{OURS}, uncompressed", sample, sample.uncompressed, "data.compression=none, CRC-32 checked"),
+        ours(OURS, sample.packed, "LZ4, CRC-32 checked"),
+        ours(f"{OURS}, uncompressed", sample.uncompressed, "data.compression=none, CRC-32 checked"),
     ]
     missing = {}
     for number, (name, write) in enumerate(writers.items()):

@@ -19,7 +19,8 @@ HOW = (
     "read with `posix_fadvise(DONTNEED)`; a disk's or a hypervisor's own cache may still help. CPU is the time of all "
     "threads of the process. MB/s counts the decoded integers. Workers are threads for hpc_ddpm and processes of "
     "torch's DataLoader for the others; 0 is the loader without any, and the first volume of every worker is not "
-    "counted."
+    "counted. A memory map is made anew for each read, as for every new subject of a dataset; `kept` reads the same "
+    "pages again and again, which no training does, and bounds what is possible."
 )
 
 
