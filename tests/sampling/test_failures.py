@@ -111,14 +111,6 @@ def test_a_full_disk_ends_the_worker(cli: Cli, weights: Path, heads: Path, tmp_p
 RUN = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from launch.cli import main; main()"
 
 
-def test_an_output_that_cannot_be_written(cli: Cli, weights: Path, heads: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    done = cli("sample", weights, "--out", tmp_path / "file" / "out", "--masks", heads, "-q")
-    assert done.returncode == 2
-    assert "cannot write here" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
 def test_too_little_room(generate_set: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     generate_set(tmp_path / "enough", say=said.append)

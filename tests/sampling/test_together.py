@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,6 @@ from tests.conftest import rank_environment
 from tests.sampling.conftest import Generate, voxels
 from tests.sampling.harness import generate_under_fire
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
-
 
 @pytest.mark.slow
 def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
@@ -31,22 +28,6 @@ def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
     assert outcome.problems == ()
     assert outcome.is_identical
     assert len(voxels(tmp_path / "fire")) == num_volumes
-
-
-@pytest.mark.slow
-def test_torchrun(
-    torchrun: Launch,
-    generate_set: Generate,
-    weights: Path,
-    heads: Path,
-    tmp_path: Path,
-) -> None:
-    generate_set(tmp_path / "one", "sampling.replicas=2")
-    done = torchrun(
-        2, "-m", "launch.cli", "sample", weights, "--out", tmp_path / "two", "--masks", heads, "--replicas", "2", "-q"
-    )
-    assert done.returncode == 0, done.stderr
-    assert voxels(tmp_path / "one") == voxels(tmp_path / "two")
 
 
 @pytest.mark.mpi
