@@ -10,7 +10,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # ------------------------------------------------------------------------------------------------------- packages
 
-install_packages() {
+cannot() { echo "devcluster: $*" >&2; exit 77; }
+
+install_packages() {  # exit code 77 where that is impossible
   local command missing=() as_root=()
   declare -A package=([munged]=munge [mariadbd]=mariadb-server [slurmdbd]=slurmdbd [slurmctld]=slurmctld
                       [slurmd]=slurmd [sbatch]=slurm-client)
@@ -18,9 +20,9 @@ install_packages() {
     command -v "$command" >/dev/null || missing+=("${package[$command]}")
   done
   ((${#missing[@]})) || return 0
-  command -v apt-get >/dev/null || fail "not installed: ${missing[*]}; there is no apt-get here, so install them by hand"
+  command -v apt-get >/dev/null || cannot "not installed: ${missing[*]}; there is no apt-get here, so install them by hand"
   ((UID == 0)) || as_root=(sudo -n)
-  "${as_root[@]}" true 2>/dev/null || fail "not installed: ${missing[*]}; run: sudo apt-get install ${missing[*]}"
+  "${as_root[@]}" true 2>/dev/null || cannot "not installed: ${missing[*]}; run: sudo apt-get install ${missing[*]}"
   echo "devcluster: installing ${missing[*]}"
   "${as_root[@]}" sh -s -- "${missing[@]}" >"$CLUSTER/log/install.log" 2>&1 <<'AS_ROOT' ||
     set -e
@@ -29,7 +31,7 @@ install_packages() {
     apt-get update -qq || true
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends --no-remove "$@"
 AS_ROOT
-    fail "cannot install ${missing[*]}: $(grep -m1 '^E:' "$CLUSTER/log/install.log" || tail -1 "$CLUSTER/log/install.log")"
+    cannot "cannot install ${missing[*]}: $(grep -m1 '^E:' "$CLUSTER/log/install.log" || tail -1 "$CLUSTER/log/install.log")"
 }
 
 # -------------------------------------------------------------------------------------------------- configuration
