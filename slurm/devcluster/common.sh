@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # Where the development cluster lives, and which processes are its own. Sourced by up.sh, down.sh and status.sh.
 
 CLUSTER=${HPC_DDPM_DEVCLUSTER:-/tmp/hpc_ddpm-devcluster-$UID}

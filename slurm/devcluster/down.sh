@@ -11,11 +11,12 @@ own_jobs() {  # processes that this cluster's slurmd has started
   done
 }
 
-kill_all() {
+kill_all() {  # 0 once nothing is left
   local pids
-  pids=$(own_daemons; own_jobs)
-  [[ -z $pids ]] || kill -KILL $pids 2>/dev/null
-  [[ -z $pids ]]
+  mapfile -t pids < <(own_daemons; own_jobs)
+  ((${#pids[@]})) || return 0
+  kill -KILL "${pids[@]}" 2>/dev/null
+  return 1
 }
 
 [[ -e $CLUSTER ]] || { echo "devcluster: nothing to stop"; exit 0; }

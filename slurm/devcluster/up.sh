@@ -15,7 +15,7 @@ cannot() { echo "devcluster: $*" >&2; exit 77; }
 install_packages() {  # exit code 77 where that is impossible
   local command missing=() as_root=()
   declare -A package=([munged]=munge [mariadbd]=mariadb-server [slurmdbd]=slurmdbd [slurmctld]=slurmctld
-                      [slurmd]=slurmd [sbatch]=slurm-client)
+                      [slurmd]=slurmd [sbatch]=slurm-client [pgrep]=procps)
   for command in "${!package[@]}"; do
     command -v "$command" >/dev/null || missing+=("${package[$command]}")
   done
@@ -74,9 +74,7 @@ SlurmctldLogFile=$CLUSTER/log/slurmctld.log
 SlurmdLogFile=$CLUSTER/log/%n.log
 TaskProlog=$CLUSTER/etc/task_prolog.sh
 MailProg=/bin/true
-MpiDefault=none
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
 SlurmdParameters=config_overrides   # believe the CPUs below
 ReturnToService=2
 SlurmdTimeout=15
@@ -85,7 +83,6 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 MaxArraySize=11   # task ids 0 to 10
-JobRequeue=1
 KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

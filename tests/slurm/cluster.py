@@ -17,7 +17,7 @@ POLL_S = 0.25
 LIVE_STATES = {"PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "STOPPED", "SUSPENDED", "COMPLETING", "REQUEUED"}
 
 
-def wait_for(condition: Callable[[], bool], what: Callable[[], str], timeout_s: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], what: Callable[[], str], timeout_s: float = 240) -> None:
     """Poll until the condition holds; `what` says at the end of the time how things stand."""
     end = time.monotonic() + timeout_s
     while not condition():

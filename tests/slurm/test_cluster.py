@@ -50,6 +50,7 @@ def test_preemption_warns_and_requeues(cluster: Cluster, tmp_path: Path) -> None
     assert "warned" in read_logs(tmp_path)
     cluster.wait(first, tmp_path)
     cluster.run("scancel", job)
+    cluster.wait(job, tmp_path, "CANCELLED")
     cluster.run("scontrol", "update", "PartitionName=scavenge", "GraceTime=30")
 
 

@@ -48,7 +48,7 @@ def test_train_under_srun(cluster: Cluster, alone: Path, tiny_packed: Path, tmp_
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=ROUNDING)
 
 
-@pytest.mark.parametrize(("option", "signal"), [("--no-user-signal", "SIGTERM"), ("--user-signal", "SIGUSR1")])
+@pytest.mark.parametrize(("option", "signal"), [("--user-signal", "SIGUSR1"), ("--no-user-signal", "SIGTERM")])
 def test_a_preempted_training_goes_on(
     cluster: Cluster, alone: Path, tiny_packed: Path, tmp_path: Path, option: str, signal: str
 ) -> None:
