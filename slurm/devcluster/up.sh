@@ -77,7 +77,7 @@ MailProg=/bin/true
 ProctrackType=proctrack/linuxproc
 SlurmdParameters=config_overrides   # believe the CPUs below
 ReturnToService=2
-SlurmdTimeout=15
+SlurmdTimeout=30
 
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -111,6 +111,7 @@ LogFile=$CLUSTER/log/slurmdbd.log
 CONF
 }
 
+CHANGED=""
 write_configuration() {  # OPTION
   local etc=$CLUSTER/etc port preemption=""
   if [[ $1 == --user-signal || -z $1 ]] && { [[ -n $1 ]] || grep -qs send_user_signal "$SLURM_CONF"; }; then
@@ -119,6 +120,7 @@ write_configuration() {  # OPTION
   fi
   port=$(sed -n 's/^SlurmctldPort=//p' "$SLURM_CONF" 2>/dev/null) && [[ -n $(own_daemons) ]] || port=$(free_ports 6)
   slurm_conf "$port" "$preemption" >"$etc/slurm.conf.new"
+  cmp -s "$etc/slurm.conf.new" "$SLURM_CONF" || CHANGED=yes
   mv "$etc/slurm.conf.new" "$SLURM_CONF"
   (umask 077 && slurmdbd_conf $((port + 1)) >"$etc/slurmdbd.conf")
   [[ -s $etc/munge.key ]] || (umask 077 && head -c 1024 /dev/urandom >"$etc/munge.key")
@@ -153,12 +155,13 @@ start_daemons() {
     --skip-networking --skip-grant-tables --socket="$MYSQL_UNIX_PORT" --pid-file="$run/mariadbd.pid"
   start slurmdbd slurmdbd
   wait_until 60 "slurmdbd does not answer" sacctmgr -n show cluster
-  if is_running slurmctld; then scontrol reconfigure; fi
   start slurmctld slurmctld
   for node in "${NODES[@]}"; do
     start "$node" slurmd -N "$node"
   done
   wait_until 60 "the nodes do not come up" are_nodes_up
+  # Not earlier: for a moment after it the daemons' logs and pid files are closed, and they would seem not to run.
+  if [[ $CHANGED ]]; then scontrol reconfigure && sleep 1; fi
 }
 
 are_nodes_up() {
