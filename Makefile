@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-fast lint clean
+.PHONY: help install demo test test-fast slurm-up slurm-down lint clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -33,6 +33,12 @@ test: install    ## lint, types, layers and every test
 
 test-fast: install  ## tests without the marked ones, under two minutes
 	$(BIN)/python -m pytest -m "not slow and not mpi and not slurm and not gpu"
+
+slurm-up:        ## a real SLURM cluster on this machine (docs/cluster.md)
+	slurm/devcluster/up.sh
+
+slurm-down:      ## stop it and remove its folder
+	slurm/devcluster/down.sh
 
 clean:           ## remove what was set up and generated
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

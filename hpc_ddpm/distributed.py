@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -295,6 +296,15 @@ def all_reduce_mean(values: list[float], device: torch.device) -> list[float]:
     dist.all_reduce(tensor)
     result: list[float] = (tensor / dist.get_world_size()).tolist()
     return result
+
+
+def end_mpi_ranks(code: int) -> None:
+    """End all ranks if mpirun started us: a rank that just exits waits in MPI_Finalize until the others come there."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.COMM_WORLD.size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        mpi.COMM_WORLD.Abort(code)
 
 
 def broadcast_object(value: T) -> T:

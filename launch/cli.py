@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from hpc_ddpm.distributed import end_mpi_ranks
 from hpc_ddpm.errors import HpcDdpmError
 from launch.bench_commands import bench_app
 from launch.data_commands import data_app
@@ -168,6 +169,7 @@ def main() -> None:
         rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID") or "0"
         if rank == "0" or not error.is_on_all_ranks:
             print(f"hpc-ddpm: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        end_mpi_ranks(2)
         sys.exit(2)
     except KeyboardInterrupt:
         print("hpc-ddpm: interrupted", file=sys.stderr)

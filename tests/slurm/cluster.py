@@ -1,0 +1,78 @@
+"""The development cluster as the tests use it: submit, look, wait."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+DEVCLUSTER = REPOSITORY / "slurm" / "devcluster"
+TEMPLATES = REPOSITORY / "slurm"
+POLL_S = 0.25
+LIVE_STATES = {"PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "STOPPED", "SUSPENDED", "COMPLETING", "REQUEUED"}
+
+
+def wait_for(condition: Callable[[], bool], what: Callable[[], str], timeout_s: float = 240) -> None:
+    """Poll until the condition holds; `what` says at the end of the time how things stand."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, what()
+        time.sleep(POLL_S)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster and the environment in which its commands and jobs run."""
+
+    folder: Path
+    env: Mapping[str, str]
+
+    def run(self, *command: str | Path, cwd: Path | None = None, timeout_s: float = 240) -> str:
+        """Standard output of a command; it must succeed."""
+        done = self.attempt(*command, cwd=cwd, timeout_s=timeout_s)
+        assert done.returncode == 0, f"{command}: {done.stderr[-3000:]}"
+        return done.stdout
+
+    def attempt(
+        self, *command: str | Path, cwd: Path | None = None, timeout_s: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        """A finished command, whatever came of it."""
+        words = [str(word) for word in command]
+        return subprocess.run(
+            words, cwd=cwd, env=dict(self.env), capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+
+    def up(self, option: str = "") -> None:
+        """Start what has died; change whether preemption sends the user's signal."""
+        self.run(DEVCLUSTER / "up.sh", *([option] if option else []))
+
+    def sbatch(self, *words: str | Path, cwd: Path) -> str:
+        """Submit from `cwd`, where the output goes; the job's id."""
+        return self.run("sbatch", "--parsable", *words, cwd=cwd).strip()
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """Fields of `scontrol show job`, which knows a finished job for five minutes."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job_id)))
+
+    def states(self, job_id: str) -> list[str]:
+        """Of the job, or of every task of an array."""
+        return self.run("squeue", "--noheader", "--array", "--states=all", "--format=%T", "--jobs", job_id).split()
+
+    def wait(self, job_id: str, cwd: Path, state: str = "COMPLETED", timeout_s: float = 240) -> None:
+        """Until the job, or every task of the array, is at its end, which must be `state`."""
+        wait_for(
+            lambda: not LIVE_STATES.intersection(self.states(job_id)),
+            lambda: f"job {job_id} is {self.job(job_id)}: {read_logs(cwd)}",
+            timeout_s,
+        )
+        assert set(self.states(job_id)) == {state}, read_logs(cwd)
+
+
+def read_logs(folder: Path) -> str:
+    """All output of the jobs that were submitted there."""
+    return "\n".join(path.read_text() for pattern in ("*.log", "*.out") for path in sorted(folder.glob(pattern)))

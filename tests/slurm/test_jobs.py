@@ -1,0 +1,163 @@
+"""Pack, train and sample on the cluster, with srun and as the templates are shipped: the results of one process."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpc_ddpm.config import load_config
+from hpc_ddpm.data.pack import pack
+from hpc_ddpm.runlog import read_metrics
+from tests.conftest import TINY
+from tests.slurm.cluster import TEMPLATES, Cluster, read_logs, wait_for
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+STEPS = [*TINY, "training.num_steps=16", "training.checkpoint_every_steps=1000", "training.learning_rate=1e-4"]
+ROUNDING = 1e-5
+"""Relative, fp32; the small learning rate keeps it from growing over the steps."""
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run)]
+
+
+def files(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob(pattern) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def alone(cli: Cli, tiny_packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    done = cli("train", "--out", run, "--data", tiny_packed, "-q", *STEPS)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------- train
+
+
+def test_train_under_srun(cluster: Cluster, alone: Path, tiny_packed: Path, tmp_path: Path) -> None:
+    words = ["hpc-ddpm", "train", "--out", tmp_path / "run", "--data", tiny_packed, "-q", *STEPS]
+    cluster.run("srun", "-N2", "-n4", "--gpus-per-task=1", "--kill-on-bad-exit=1", *words, "training.zero_stage=2")
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["world_size"] == 4
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=ROUNDING)
+
+
+@pytest.mark.parametrize(("option", "signal"), [("--user-signal", "SIGUSR1"), ("--no-user-signal", "SIGTERM")])
+def test_a_preempted_training_goes_on(
+    cluster: Cluster, alone: Path, tiny_packed: Path, tmp_path: Path, option: str, signal: str
+) -> None:
+    run = tmp_path / "run"
+    cluster.up(option)
+    resources = ["--partition=scavenge", "--nodes=2", "--cpus-per-task=1"]
+    words = ["--data", tiny_packed, "--out", run, *STEPS, "training.zero_stage=2"]
+    job = cluster.sbatch(*resources, TEMPLATES / "train.sbatch", *words, cwd=tmp_path)
+    wait_for(lambda: len(losses(run)) >= 3, lambda: f"{cluster.job(job)}: {read_logs(tmp_path)}")
+    cluster.run("scancel", "--signal=STOP", job)  # so that it does not finish before it is preempted
+    first = cluster.sbatch("-N4", "--exclusive", "--wrap=true", cwd=tmp_path)
+    wait_for(lambda: cluster.job(job)["PreemptTime"] != "None", lambda: str(cluster.job(job)))
+    cluster.run("scancel", "--signal=CONT", job)
+    cluster.wait(job, tmp_path)
+    cluster.wait(first, tmp_path)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert f"stopped by {signal} at step" in read_logs(tmp_path)
+    assert "trained to step 16 (went on from step" in read_logs(tmp_path)
+    assert losses(run) == pytest.approx(losses(alone), rel=ROUNDING)
+
+
+def test_a_cancelled_training_stays_cancelled(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    words = ["--data", tiny_packed, "--out", tmp_path / "run", *STEPS, "training.num_steps=100000"]
+    job = cluster.sbatch("--cpus-per-task=1", TEMPLATES / "train.sbatch", *words, cwd=tmp_path)
+    wait_for(lambda: bool(losses(tmp_path / "run")), lambda: f"{cluster.job(job)}: {read_logs(tmp_path)}")
+    cluster.run("scancel", job)
+    cluster.wait(job, tmp_path, "CANCELLED")
+    assert cluster.job(job)["Restarts"] == "0"
+
+
+def test_scaling_template(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    resources = ["--nodes=2", "--cpus-per-task=1", "--export=ALL,STEPS=3"]
+    words = [tmp_path / "out", "--data", tiny_packed, *TINY]
+    job = cluster.sbatch(*resources, TEMPLATES / "bench_scaling.sbatch", *words, cwd=tmp_path)
+    cluster.wait(job, tmp_path)
+    rows = [line.split("\t") for line in (tmp_path / "out" / "scaling.tsv").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["gpus", "1", "2"]
+    assert float(rows[1][2]) == 1
+    assert float(rows[2][2]) > 0
+
+
+# --------------------------------------------------------------------------------------------------------- pack
+
+
+@pytest.fixture(scope="module")
+def packed_alone(tiny_packed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, bytes]]:
+    """Arguments of a packing into several shards, and what one process makes of them."""
+    settings = ["data.size=[16,16,16]", "data.labels.names={1: head, 2: tumour}", f"data.shard_size_gib={2e-5}"]
+    source, out = tiny_packed.parent / "source", tmp_path_factory.mktemp("packed") / "out"
+    pack(source, out, load_config(None, settings).config.data)
+    assert len(files(out)) > 3
+    return [str(source), *settings], files(out)
+
+
+def test_pack_under_srun(cluster: Cluster, packed_alone: tuple[list[str], dict[str, bytes]], tmp_path: Path) -> None:
+    words, expected = packed_alone
+    said = cluster.run("srun", "-N2", "-n4", "hpc-ddpm", "pack", *words, "--out", tmp_path / "out", "-q")
+    assert said.count("packed 10 subjects") == 1
+    assert files(tmp_path / "out") == expected
+
+
+def test_pack_as_an_array(cluster: Cluster, packed_alone: tuple[list[str], dict[str, bytes]], tmp_path: Path) -> None:
+    words, expected = packed_alone
+    script = 'exec srun hpc-ddpm pack --workers 1 -q "$@"'
+    (tmp_path / "pack.sh").write_text(f"#!/bin/bash\n{script}\n")
+    job = cluster.sbatch("--array=3-5", "pack.sh", *words, "--out", tmp_path / "out", cwd=tmp_path)
+    cluster.wait(job, tmp_path)
+    assert "packed 10 subjects" in read_logs(tmp_path)
+    assert files(tmp_path / "out") == expected
+
+
+def test_pack_template(cluster: Cluster, packed_alone: tuple[list[str], dict[str, bytes]], tmp_path: Path) -> None:
+    words, expected = packed_alone
+    resources = ["--nodes=2", "--ntasks-per-node=2"]
+    job = cluster.sbatch(*resources, TEMPLATES / "pack_mpi.sbatch", *words, "--out", tmp_path / "out", cwd=tmp_path)
+    cluster.wait(job, tmp_path)
+    assert read_logs(tmp_path).count("packed 10 subjects") == 1
+    assert files(tmp_path / "out") == expected
+
+
+def test_a_mistake_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
+    resources = ["--nodes=2", "--ntasks-per-node=1"]
+    job = cluster.sbatch(*resources, TEMPLATES / "pack_mpi.sbatch", "nowhere", "--out", tmp_path / "out", cwd=tmp_path)
+    cluster.wait(job, tmp_path, "FAILED")
+    assert (cluster.job(job)["Restarts"], cluster.job(job)["ExitCode"]) == ("0", "2:0")
+    assert "nowhere" in read_logs(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- sample
+
+
+@pytest.fixture(scope="module")
+def sampled_alone(cli: Cli, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Volumes of one process: two masks, two replicas."""
+    out = tmp_path_factory.mktemp("sampled") / "out"
+    assert cli("sample", alone, "--out", out, "-q", "sampling.replicas=2").returncode == 0
+    assert len(files(out, "t1/*.nii.gz")) == 4
+    return files(out, "t1/*.nii.gz")
+
+
+def test_sample_under_srun(cluster: Cluster, alone: Path, sampled_alone: dict[str, bytes], tmp_path: Path) -> None:
+    words = ["hpc-ddpm", "sample", alone, "--out", tmp_path / "out", "-q", "sampling.replicas=2"]
+    cluster.run("srun", "-N2", "-n2", "--gpus-per-task=1", *words)
+    assert files(tmp_path / "out", "t1/*.nii.gz") == sampled_alone
+
+
+def test_sample_template(cluster: Cluster, alone: Path, sampled_alone: dict[str, bytes], tmp_path: Path) -> None:
+    words = [alone, "--out", tmp_path / "out", "sampling.replicas=2"]
+    resources = ["--array=0-1", "--cpus-per-task=1"]
+    job = cluster.sbatch(*resources, TEMPLATES / "sample_array.sbatch", *words, cwd=tmp_path)
+    cluster.wait(job, tmp_path)
+    assert files(tmp_path / "out", "t1/*.nii.gz") == sampled_alone
