@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from hpc_ddpm.errors import ConfigError, HpcDdpmError
+from launch.checkpoint_commands import checkpoint_app
 from launch.data_commands import data_app
 from launch.options import ConfigOption, Overrides, Quiet
 
@@ -27,6 +28,7 @@ config_app = typer.Typer(help="Look at settings and presets.", no_args_is_help=T
 app.add_typer(weights_app, name="weights", rich_help_panel="Tools")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
 app.add_typer(data_app, name="data", rich_help_panel="Tools")
+app.add_typer(checkpoint_app, name="checkpoint", rich_help_panel="Tools")
 
 STAGES, START = "Stages (each alone, under torchrun, mpirun or srun)", "Start here"
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from hpc_ddpm.config import load_config
 from hpc_ddpm.distributed import detect_ranks, process_group
-from hpc_ddpm.training.loop import train
+from hpc_ddpm.training.loop import peak_memory_gib, train
 
 if __name__ == "__main__":
     ranks = detect_ranks()
     with process_group(ranks) as device:
         for job in json.loads(Path(sys.argv[1]).read_text()):
-            train(load_config(job.get("preset"), job["overrides"]).config, Path(job["run"]), ranks, device)
+            run = Path(job["run"])
+            train(load_config(job.get("preset"), job["overrides"]).config, run, ranks, device)
+            (run / f"peak-{ranks.rank}.txt").write_text(str(peak_memory_gib(device)))
