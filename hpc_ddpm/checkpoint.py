@@ -210,8 +210,8 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for chunk in (len(text).to_bytes(8, "little"), text, *(piece.values for piece in pieces)):
-            data = chunk if isinstance(chunk, bytes) else memoryview(chunk.detach().cpu().contiguous().numpy())
+        values: Iterable[Any] = (piece.values.detach().cpu().contiguous().numpy() for piece in pieces)
+        for data in (len(text).to_bytes(8, "little"), text, *values):
             file.write(data)
             digest.update(data)
         file.flush()

@@ -167,9 +167,9 @@ def _batch_change(run_dir: Path, before: TrainingConfig, after: TrainingConfig) 
     step = max((step_of(path) for path in step_dirs(run_dir / "checkpoints")), default=0)
     return (
         f"training.global_batch {before.global_batch} -> {after.global_batch} changes the loss curve: {run_dir} saw "
-        f"{step} steps x {before.global_batch} = {step * before.global_batch} volumes and would go on as if it had seen "
-        f"{step} x {after.global_batch} = {step * after.global_batch}; keep {before.global_batch} (= micro_batch x "
-        "accumulation x ranks, any micro_batch), or set training.allow_batch_change=true"
+        f"{step} steps x {before.global_batch} = {step * before.global_batch} volumes and would go on as if "
+        f"after {step} x {after.global_batch} = {step * after.global_batch}; keep {before.global_batch} "
+        "(= micro_batch x accumulation x ranks, any micro_batch), or set training.allow_batch_change=true"
     )
 
 

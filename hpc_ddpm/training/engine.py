@@ -180,7 +180,8 @@ def _fill(network: torch.nn.Module, tensors: Tensors, rank: int) -> None:
         if shape != expected:
             raise CheckpointError(f"the checkpoint's '{name}' is {shape}, in this network {expected}; {AS_STARTED}")
         part, start = own_part(parameters.pop(name), rank)
-        part.copy_(read(start, part.numel()))
+        if part.numel():  # a small parameter does not reach the last ranks
+            part.copy_(read(start, part.numel()))
     if parameters:
         raise CheckpointError(f"the checkpoint lacks '{next(iter(parameters))}' of this network; {AS_STARTED}")
 

@@ -47,7 +47,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[Rows] | None = None
         self._then: Callable[[Rows], Future[Rows] | None] = lambda rows: None
-        self._what = ""
+        self._final = Path()
         self._stall_s = 0.0
 
     def save(self, step: int, facts: dict[str, Any], pieces: Sequence[Piece], *, background: bool) -> None:
@@ -60,7 +60,7 @@ class Saver:
         if background:
             pieces = [replace(piece, values=piece.values.detach().to("cpu", copy=True)) for piece in pieces]
         facts = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
-        self._what = f"write {final}"
+        self._final = final
         self._job = self._thread.submit(self._write, temporary, pieces)
         self._then = lambda rows: self._thread.submit(self._publish, final, facts, rows)
         self._stall_s += time.perf_counter() - began
@@ -95,7 +95,12 @@ class Saver:
     def _advance(self) -> None:
         job, self._job = self._job, None
         assert job is not None
-        rows = [row for part in self._together(job.result, self._what) for row in part]
+        try:
+            rows = [row for part in self._together(job.result, f"write {self._final}") for row in part]
+        except CheckpointError:
+            if self.ranks.is_main:
+                shutil.rmtree(unfinished_dir(self._final), ignore_errors=True)
+            raise
         self._job, self._then = self._then(rows), lambda rows: None
 
     def _write(self, folder: Path, pieces: Sequence[Piece]) -> Rows:
