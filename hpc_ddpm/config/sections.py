@@ -230,6 +230,8 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError("precision=fp16 needs zero_stage 1, 2 or 3: DeepSpeed accumulates in fp16 at stage 0")
         if self.offload_optimizer != "none" and self.zero_stage == 0:
             raise ValueError("offload_optimizer=cpu needs zero_stage 1, 2 or 3")
         if self.offload_parameters != "none" and self.zero_stage != 3:

@@ -119,7 +119,7 @@ class Engine:
         return {
             "optimizer_step": self.partition.num_steps,
             "ema_updates": self.ema.num_updates,
-            "loss_scaler": {key: getattr(self._scaler, key) for key in SCALER_KEYS if hasattr(self._scaler, key)},
+            "loss_scaler": {key: getattr(self._scaler, key) for key in SCALER_KEYS} if self._scaler else None,
             "precision": self.precision,
             "weights": ["master", *self.ema.averages],
             "zero_stage": self.training.zero_stage,
@@ -141,8 +141,7 @@ class Engine:
         """The object that holds the loss scale of fp16; without fp16, None."""
         if self.precision != "fp16":
             return None
-        wrapper = self.deepspeed.optimizer
-        return wrapper.loss_scale_config if hasattr(wrapper, "loss_scale_config") else wrapper.loss_scaler
+        return self.deepspeed.optimizer.loss_scaler
 
     def _tensors(self) -> dict[str, list[torch.Tensor]]:
         """All that is saved, by kind, each laid out like the partition's flats."""
@@ -154,7 +153,7 @@ class Engine:
         self.partition.reset_state(step=facts["optimizer_step"])
         self.ema.num_updates = facts["ema_updates"]
         if self._scaler is not None:
-            for key, value in facts.get("loss_scaler", {}).items():
+            for key, value in facts["loss_scaler"].items():
                 setattr(self._scaler, key, value)
         for kind, tensors in self._tensors().items():
             for fragment in self.partition.fragments:

@@ -36,7 +36,8 @@ WAYS = {str(stage): [f"training.zero_stage={stage}"] for stage in STAGES} | {
 """Every ZeRO stage, and what can be offloaded."""
 AVERAGES = ["training.ema_extra_decays=[0.5]", "training.ema_power_sigmas=[0.1]"]
 LARGE_CHANNELS = int(os.environ.get("HPC_DDPM_LARGE_CHANNELS", "112"))
-"""224 is the preset itself: about 14 GiB per rank."""
+"""224 is the preset itself."""
+GIVE_BACK_WHAT_IS_FREED = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 ROUNDING = 2e-6
 """Relative, fp32: sums over ranks are taken in another order."""
 
@@ -150,15 +151,15 @@ def test_fp16_resumes_with_its_loss_scale(torchrun: Torchrun, tiny_packed: Path,
     def settings(stage: int, steps: int) -> list[str]:
         return [f"training.zero_stage={stage}", "training.precision=fp16", f"training.num_steps={steps}"]
 
-    whole = {tmp_path / f"whole-{stage}": settings(stage, 8) for stage in STAGES}
-    parts = {tmp_path / f"parts-{stage}": settings(stage, 4) for stage in STAGES}
+    whole = {tmp_path / f"whole-{stage}": settings(stage, 12) for stage in (1, 2, 3)}
+    parts = {tmp_path / f"parts-{stage}": settings(stage, 6) for stage in (1, 2, 3)}
     run_all(torchrun, 2, whole | parts, tiny_packed)
-    run_all(torchrun, 2, {tmp_path / f"parts-{stage}": settings(stage, 8) for stage in STAGES}, tiny_packed)
-    for stage in STAGES:
-        facts = [read_manifest(tmp_path / f"{name}-{stage}/checkpoints/step_00000008") for name in ("whole", "parts")]
+    run_all(torchrun, 2, {tmp_path / f"parts-{stage}": settings(stage, 12) for stage in (1, 2, 3)}, tiny_packed)
+    for stage in (1, 2, 3):
+        facts = [read_manifest(tmp_path / f"{name}-{stage}/checkpoints/step_00000012") for name in ("whole", "parts")]
         assert facts[0]["loss_scaler"] == facts[1]["loss_scaler"]
-        assert facts[0]["loss_scaler"]["cur_scale"] < 2**16, "no overflow: the test shows nothing"
-        assert facts[0]["optimizer_step"] == facts[1]["optimizer_step"] < 8
+        assert facts[0]["loss_scaler"]["cur_scale"] < 2**24, "no overflow: the test shows nothing"
+        assert facts[0]["optimizer_step"] == facts[1]["optimizer_step"] < 12
         assert losses(tmp_path / f"parts-{stage}") == losses(tmp_path / f"whole-{stage}")
 
 
@@ -177,9 +178,7 @@ def test_zero3_holds_less_than_zero1(torchrun: Torchrun, tmp_path: Path) -> None
         overrides = [*settings, f"data.path={tmp_path / 'packed'}", f"training.zero_stage={stage}"]
         job = {"run": str(run), "preset": "brats_192_large", "overrides": overrides}
         (tmp_path / "plan.json").write_text(json.dumps([job]))
-        done = torchrun(
-            2, RUNS, tmp_path / "plan.json", MALLOC_MMAP_THRESHOLD_="1048576"
-        )  # what is freed is given back
+        done = torchrun(2, RUNS, tmp_path / "plan.json", **GIVE_BACK_WHAT_IS_FREED)
         assert done.returncode == 0, done.stderr[-3000:]
         peaks[stage] = [float((run / f"peak-{rank}.txt").read_text()) for rank in range(2)]
         shutil.rmtree(run / "checkpoints")
