@@ -19,15 +19,13 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from hpc_ddpm.distributed import Ranks, broadcast_object
 from hpc_ddpm.errors import CheckpointError
@@ -53,65 +51,27 @@ def step_of(path: Path) -> int:
     return int(match.group(1))
 
 
-def save_checkpoint(
-    root: Path, step: int, facts: dict[str, Any], write: Callable[[Path], list[Path]], ranks: Ranks, keep: int
-) -> Path:
-    """Publish one checkpoint; a collective. `write(folder)` writes this rank's files and returns them.
-
-    Raises:
-        CheckpointError: on every rank, when any rank could not write (full or read-only disk); the unfinished
-            folder is removed and older checkpoints stay.
-    """
-    final = root / f"step_{step:08d}"
-    temporary = root / f"{final.name}.tmp"
-    _together(ranks, lambda: _fresh(temporary) if ranks.is_main else None, f"prepare {temporary}")
-    try:
-        rows = _together(ranks, lambda: [_describe(path) for path in write(temporary)], f"write {temporary}")
-        files = {name: row for part in rows for name, row in part}
-        manifest = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": files}
-        _together(ranks, lambda: _publish(temporary, final, manifest) if ranks.is_main else None, f"publish {final}")
-    except CheckpointError:
-        if ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if ranks.is_main:
-        prune_checkpoints(root, keep)
-    return final
+def checkpoint_dir(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is published."""
+    return root / f"step_{step:08d}"
 
 
-def _fresh(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+def unfinished_dir(final: Path) -> Path:
+    """Where a checkpoint is written before it is published, and where it is moved before it is deleted."""
+    return final.with_name(f"{final.name}.tmp")
 
 
-def _describe(path: Path) -> tuple[str, dict[str, Any]]:
-    with path.open("rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return path.name, {"size": path.stat().st_size, "sha256": digest}
-
-
-def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+def publish(final: Path, facts: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Make an unfinished checkpoint, whose files are all on the disk, a complete one."""
+    manifest = {"format_version": FORMAT_VERSION, "step": step_of(final), **facts, "files": files}
+    temporary = unfinished_dir(final)
     write_json(temporary / MANIFEST, manifest, indent=2)
-    if final.exists():  # the same step saved again, after a resume from an older one
-        shutil.rmtree(final)
+    if final.exists():  # a damaged one of the same step, which the resume passed over
+        replaced = final.with_name(f"{final.name}.replaced.tmp")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.replace(replaced)
     temporary.replace(final)
     fsync(final.parent)
-
-
-def _together(ranks: Ranks, work: Callable[[], Any], what: str) -> list[Any]:
-    """Run `work` on every rank; if it fails on one, all raise the same error instead of hanging."""
-    try:
-        outcome: tuple[str, Any] = ("", work())
-    except OSError as error:
-        outcome = (f"rank {ranks.rank}: {error.strerror or error}", None)
-    outcomes: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(outcomes, outcome)
-    failures = [failure for failure, _ in outcomes if failure]
-    if failures:
-        raise CheckpointError(f"cannot {what}: {failures[0]}; free space or fix permissions, then run the same command")
-    return [value for _, value in outcomes]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -129,20 +89,49 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The manifest of a complete, undamaged checkpoint folder; reads and hashes every file.
+def check_sizes(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder whose files are all there, as long as they should be; none is read.
 
     Raises:
-        CheckpointError: names the first file that is missing or differs from the manifest.
+        CheckpointError: names the first file that is not.
     """
     manifest = read_manifest(path)
     for name, row in manifest["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != row["size"]:
             raise CheckpointError(f"{file}: missing or not {row['size']} bytes long")
-        with file.open("rb") as stream:
+    return manifest
+
+
+def summarise_checkpoint(path: Path) -> dict[str, Any]:
+    """What `checkpoint ls` shows of a folder, damaged or not: `problem` is None or says what is wrong."""
+    manifest: dict[str, Any] = {}
+    problem = None
+    try:
+        manifest = read_manifest(path)
+        check_sizes(path)
+    except CheckpointError as error:
+        problem = str(error)
+    facts = ("created", "world_size", "zero_stage", "precision", "weights")
+    return {
+        "step": step_of(path),
+        "bytes": sum(file.stat().st_size for file in path.iterdir()),
+        **{key: manifest.get(key, [] if key == "weights" else "") for key in facts},
+        "problem": problem,
+    }
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a complete, undamaged checkpoint folder; reads and hashes every file.
+
+    Raises:
+        CheckpointError: names the first file that is missing or differs from the manifest.
+    """
+    manifest = check_sizes(path)
+    for name, row in manifest["files"].items():
+        with (path / name).open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != row["sha256"]:
-                raise CheckpointError(f"{file}: its SHA-256 is not the one in {MANIFEST}; the file is damaged")
+                raise CheckpointError(f"{path / name}: its SHA-256 is not the one in {MANIFEST}; the file is damaged")
     return manifest
 
 
@@ -163,13 +152,28 @@ def agree_on_latest(root: Path, ranks: Ranks) -> Path | None:
     return broadcast_object(latest_checkpoint(root) if ranks.is_main else None)
 
 
-def prune_checkpoints(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep`, and leftovers of killed saves; what cannot be deleted is a warning."""
-    for path in [*step_dirs(root)[:-keep], *root.glob("step_*.tmp")]:
+def prunable(root: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Checkpoints beyond the newest `keep`, without those of multiples of `keep_every` steps."""
+    return [path for path in step_dirs(root)[:-keep] if not keep_every or step_of(path) % keep_every]
+
+
+def delete_checkpoints(paths: Iterable[Path]) -> None:
+    """Delete checkpoint folders; what cannot be deleted is a warning.
+
+    A killed deletion leaves a `.tmp` folder, never a checkpoint with files missing.
+    """
+    for path in paths:
+        doomed = path if path.suffix == ".tmp" else unfinished_dir(path)
         try:
-            shutil.rmtree(path)
+            path.rename(doomed)
+            shutil.rmtree(doomed)
         except OSError as error:
             warnings.warn(f"could not delete old checkpoint {path}: {error.strerror}", stacklevel=2)
+
+
+def leftovers(root: Path) -> list[Path]:
+    """What killed saves and deletions left behind; only the run's own next save may delete it."""
+    return sorted(root.glob("step_*.tmp"))
 
 
 # -------------------------------------------------------------------------------------- tensors in pieces
@@ -180,7 +184,7 @@ class Piece:
     """A contiguous part of one named tensor: elements `start .. start + values.numel()` of its flat view."""
 
     kind: str
-    """`master` (fp32 weights), `exp_avg`, `exp_avg_sq` or `ema`."""
+    """`master` (fp32 weights), `exp_avg`, `exp_avg_sq`, or the name of an average."""
     name: str
     shape: tuple[int, ...]
     """Of the whole tensor."""
@@ -189,12 +193,30 @@ class Piece:
     """1-D fp32."""
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
-    """One rank's pieces as a safetensors file; which rank wrote what does not matter to a reader."""
-    pieces = list(pieces)
-    tensors = {f"{piece.kind}/{piece.name}@{piece.start}": piece.values.detach().cpu() for piece in pieces}
-    shapes = json.dumps({piece.name: piece.shape for piece in pieces})
-    save_file(tensors, path, metadata={"shapes": shapes})
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """One rank's pieces as a safetensors file, on the disk at return; its size and hash for the manifest.
+
+    Which rank wrote what does not matter to a reader. One piece at a time is copied, where safetensors' own
+    writer would hold all of them twice.
+    """
+    header: dict[str, Any] = {"__metadata__": {"shapes": json.dumps({piece.name: piece.shape for piece in pieces})}}
+    offset = 0
+    for piece in pieces:
+        numel = piece.values.numel()
+        key = f"{piece.kind}/{piece.name}@{piece.start}"
+        header[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [offset, offset + 4 * numel]}
+        offset += 4 * numel
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        values: Iterable[Any] = (piece.values.detach().cpu().contiguous().numpy() for piece in pieces)
+        for data in (len(text).to_bytes(8, "little"), text, *values):
+            file.write(data)
+            digest.update(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": 8 + len(text) + offset, "sha256": digest.hexdigest()}
 
 
 class PieceReader:
@@ -212,9 +234,10 @@ class PieceReader:
                     stem, _, start = key.rpartition("@")
                     self._where.setdefault(stem, []).append((int(start), path, key))
 
-    def has(self, kind: str) -> bool:
-        """Whether any tensor of this kind is stored."""
-        return any(stem.startswith(f"{kind}/") for stem in self._where)
+    @property
+    def kinds(self) -> list[str]:
+        """What is stored: `master`, the moments, the averages."""
+        return sorted({stem.partition("/")[0] for stem in self._where})
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
         """Elements `start .. start + numel` of a tensor's flat view, fp32 on CPU.
@@ -236,5 +259,5 @@ class PieceReader:
         return result
 
     def full(self, kind: str) -> dict[str, torch.Tensor]:
-        """Every tensor of one kind, whole: a state dict of the network for `master` and `ema`."""
+        """Every tensor of one kind, whole: a state dict of the network for `master` and the averages."""
         return {name: self.read(kind, name, 0, math.prod(shape)).reshape(shape) for name, shape in self.shapes.items()}

@@ -30,6 +30,7 @@ from hpc_ddpm.runlog import provenance
 
 WEIGHTS, CONFIG, PROVENANCE = "weights.safetensors", "config.json", "provenance.json"
 PREFIX = "denoise_fn."
+MOMENTS = ("exp_avg", "exp_avg_sq")
 BUFFER_TOLERANCE = 1e-5  # relative; between schedules, floats differ by far more
 
 
@@ -74,7 +75,7 @@ def load_model(source: str | Path, preset: str | None = None, overrides: Iterabl
 
     Args:
         source: a Med-DDPM `.pt` file, a weights folder or its `.safetensors` file, or a run folder (newest
-            complete checkpoint, EMA weights).
+            complete checkpoint, the weights that `sampling.weights` names).
         preset: for a `.pt` file, which carries no configuration: a preset or YAML file that fits it.
         overrides: `section.key=value` strings applied to the configuration.
 
@@ -137,19 +138,33 @@ def load_weights(path: Path, overrides: Iterable[str] = ()) -> Weights:
     return Weights(tensors, _read_config(file.parent, overrides), _read_json(file.parent / PROVENANCE))
 
 
-def find_run_weights(run_dir: Path, overrides: Iterable[str] = ()) -> Weights:
-    """EMA weights of a run's newest complete checkpoint.
+def find_run_weights(run_dir: Path, overrides: Iterable[str] = (), checkpoint: Path | None = None) -> Weights:
+    """Weights of one of a run's checkpoints (the newest complete one): those that `sampling.weights` names.
 
     Raises:
-        CheckpointError: the run has no complete checkpoint, or it lacks its configuration.
+        CheckpointError: the run has no complete checkpoint, none of these weights, or lacks its configuration.
     """
     complete = [folder for folder in step_dirs(run_dir / "checkpoints") if (folder / MANIFEST).is_file()]
     if not complete:
         raise CheckpointError(f"{run_dir} has no complete checkpoint yet; let it train to its first one")
-    newest = complete[-1]
-    tensors = PieceReader(newest).full("ema")
-    origin = {"run": run_dir.resolve().name, "checkpoint": newest.name, "which": "ema"}
-    return Weights(tensors, _read_config(run_dir, overrides), {"source": origin})
+    checkpoint = checkpoint or complete[-1]
+    config = _read_config(run_dir, overrides)
+    which = config.sampling.weights
+    origin = {"run": run_dir.resolve().name, "checkpoint": checkpoint.name, "which": which}
+    return Weights(read_checkpoint_weights(checkpoint, which), config, {"source": origin})
+
+
+def read_checkpoint_weights(checkpoint: Path, which: str) -> dict[str, Tensor]:
+    """Whole float32 tensors of one average of a checkpoint, or of `master`.
+
+    Raises:
+        CheckpointError: names the weights that are there.
+    """
+    reader = PieceReader(checkpoint)
+    there = [kind for kind in reader.kinds if kind not in MOMENTS]
+    if which not in there:
+        raise CheckpointError(f"{checkpoint} has no weights '{which}', it has {', '.join(there)}; choose one of them")
+    return reader.full(which)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

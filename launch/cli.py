@@ -13,6 +13,7 @@ import typer
 from hpc_ddpm.distributed import end_mpi_ranks
 from hpc_ddpm.errors import HpcDdpmError
 from launch.bench_commands import bench_app
+from launch.checkpoint_commands import checkpoint_app
 from launch.data_commands import data_app
 from launch.options import ConfigOption, Json, Overrides, Quiet
 from launch.sample_commands import sample_app
@@ -34,6 +35,7 @@ app.add_typer(weights_app, name="weights", rich_help_panel="Tools")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
 app.add_typer(data_app, name="data", rich_help_panel="Tools")
 app.add_typer(bench_app, name="bench", rich_help_panel="Tools")
+app.add_typer(checkpoint_app, name="checkpoint", rich_help_panel="Tools")
 
 
 @app.command(rich_help_panel=START)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpc_ddpm.config import Config, config_from_dict, flatten_config, load_config
+from hpc_ddpm.config import Config, TrainingConfig, config_from_dict, flatten_config, load_config
 from hpc_ddpm.distributed import Ranks, detect_ranks, process_group
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import write_json, writing_to
@@ -35,6 +35,12 @@ MAY_CHANGE = {
     "training.log_every_steps",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
+    "training.keep_every_steps",
+    "training.async_checkpoints",
+    "training.max_live_parameters",
+    "training.offload_optimizer",
+    "training.offload_parameters",
+    "training.allow_batch_change",
 }
 """Settings that a resumed run may change; sampling.* too. All others would make it another experiment."""
 
@@ -155,6 +161,10 @@ def resume_config(run_dir: Path, source: str | None, overrides: Sequence[str]) -
     before, after = flatten_config(stored), flatten_config(wanted)
     differing = [key for key in after if before[key] != after[key]]
     fixed = [key for key in differing if key not in MAY_CHANGE and not key.startswith("sampling.")]
+    if fixed == ["training.global_batch"]:
+        if wanted.training.allow_batch_change:
+            return wanted
+        raise ConfigError(_batch_change(run_dir, stored.training, wanted.training))
     if fixed:
         shown = "; ".join(f"{key} {before[key]} -> {after[key]}" for key in fixed[:3])
         raise ConfigError(f"{run_dir} was started with other settings: {shown}; choose another --out or keep them")
@@ -170,6 +180,18 @@ def with_overrides(stored: Config, overrides: Sequence[str]) -> Config:
     changes = load_config(None, overrides)
     given = {key: flatten_config(changes.config)[key] for key in changes.origins}
     return config_from_dict(_with(stored.dump(), given), "command line")
+
+
+def _batch_change(run_dir: Path, before: TrainingConfig, after: TrainingConfig) -> str:
+    from hpc_ddpm.checkpoint import step_dirs, step_of
+
+    step = max((step_of(path) for path in step_dirs(run_dir / "checkpoints")), default=0)
+    return (
+        f"training.global_batch {before.global_batch} -> {after.global_batch} changes the loss curve: {run_dir} saw "
+        f"{step} steps x {before.global_batch} = {step * before.global_batch} volumes and would go on as if "
+        f"after {step} x {after.global_batch} = {step * after.global_batch}; keep {before.global_batch} "
+        "(= micro_batch x accumulation x ranks, any micro_batch), or set training.allow_batch_change=true"
+    )
 
 
 def _with(tree: dict[str, object], changes: Mapping[str, object]) -> dict[str, object]:

@@ -69,12 +69,13 @@ def rank_environment() -> dict[str, str]:
 def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python ARGUMENTS` on n ranks and return the finished process."""
 
-    def run(num_ranks: int, *arguments: str | Path, timeout_s: int = 300) -> subprocess.CompletedProcess[str]:
+    def run(
+        num_ranks: int, *arguments: str | Path, timeout_s: int = 300, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
         command = [sys.executable, *launcher, *map(str, arguments)]
-        return subprocess.run(
-            command, env=rank_environment(), capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        environment = rank_environment() | variables
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
 
     return run
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,31 +22,37 @@ from hpc_ddpm.checkpoint import (
     Piece,
     PieceReader,
     latest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
+    prunable,
     step_dirs,
     step_of,
     verify_checkpoint,
     write_pieces,
 )
+from hpc_ddpm.config import TrainingConfig
 from hpc_ddpm.distributed import Ranks, process_group
 from hpc_ddpm.errors import CheckpointError
+from hpc_ddpm.training.saver import Saver
 
 TENSOR = torch.arange(24.0).reshape(2, 3, 4)
 
 
-def write(folder: Path) -> list[Path]:
-    path = folder / "pieces-00000-of-00001.safetensors"
-    write_pieces(path, [Piece("master", "weight", (2, 3, 4), 0, TENSOR.flatten())])
-    return [path]
+PIECES = [Piece("master", "weight", (2, 3, 4), 0, TENSOR.flatten())]
+
+
+@contextmanager
+def saver(root: Path, **settings: int) -> Iterator[Saver]:
+    with process_group(Ranks()) as device:
+        saver = Saver(root, TrainingConfig(**settings), Ranks(), device)
+        yield saver
+        saver.close()
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Checkpoints of steps 1, 2 and 3."""
-    with process_group(Ranks()):
+    with saver(tmp_path / "checkpoints") as ours:
         for step in (1, 2, 3):
-            save_checkpoint(tmp_path / "checkpoints", step, {"note": step}, write, Ranks(), keep=3)
+            ours.save(step, {"note": step}, PIECES, background=False)
     return tmp_path / "checkpoints"
 
 
@@ -54,8 +67,43 @@ def test_save_verify_and_choose(root: Path) -> None:
 
 def test_old_ones_and_leftovers_go(root: Path) -> None:
     (root / "step_00000009.tmp").mkdir()
-    prune_checkpoints(root, keep=2)
-    assert sorted(path.name for path in root.iterdir()) == ["step_00000002", "step_00000003"]
+    with saver(root, keep_checkpoints=2, keep_every_steps=2) as ours:
+        ours.save(4, {}, PIECES, background=False)
+        ours.save(5, {}, PIECES, background=False)
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000002", "step_00000004", "step_00000005"]
+    assert [step_of(path) for path in prunable(root, 1)] == [2, 4]
+
+
+def test_a_background_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
+    values = TENSOR.flatten().clone()
+    with saver(tmp_path) as ours:
+        ours.save(1, {}, [Piece("master", "weight", (2, 3, 4), 0, values)], background=True)
+        values.zero_()
+        while not step_dirs(tmp_path):
+            ours.poll()
+        ours.finish()
+        assert ours.take_stall_s() > 0
+    assert torch.equal(PieceReader(verified(tmp_path)).full("master")["weight"], TENSOR)
+
+
+def verified(root: Path) -> Path:
+    newest = latest_checkpoint(root)
+    assert newest is not None
+    return newest
+
+
+def test_a_background_failure_surfaces_at_a_step_boundary(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(path: Path, pieces: list[Piece]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hpc_ddpm.training.saver.write_pieces", full_disk)
+    with saver(root) as ours:
+        ours.save(4, {}, PIECES, background=True)
+        with pytest.raises(CheckpointError, match="No space left"):
+            for _ in range(1000):
+                ours.poll()
+                time.sleep(0.01)
+    assert verified(root).name == "step_00000003"
 
 
 def damage_flip(path: Path) -> None:
@@ -92,19 +140,20 @@ def test_another_format_is_refused(root: Path) -> None:
         verify_checkpoint(path.parent)
 
 
-def test_a_failed_write_leaves_what_was_there(root: Path) -> None:
-    def full_disk(folder: Path) -> list[Path]:
-        write(folder)
+def test_a_failed_write_leaves_what_was_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(path: Path, pieces: list[Piece]) -> None:
+        write_pieces(path, pieces)
         raise OSError(28, "No space left on device")
 
-    with process_group(Ranks()), pytest.raises(CheckpointError, match=r"rank 0: No space left.*free space"):
-        save_checkpoint(root, 4, {}, full_disk, Ranks(), keep=3)
+    monkeypatch.setattr("hpc_ddpm.training.saver.write_pieces", full_disk)
+    with saver(root) as ours, pytest.raises(CheckpointError, match=r"rank 0: No space left.*free space"):
+        ours.save(4, {}, PIECES, background=False)
     assert [path.name for path in sorted(root.iterdir())] == [f"step_0000000{step}" for step in (1, 2, 3)]
 
 
 def test_the_same_step_saved_again(root: Path) -> None:
-    with process_group(Ranks()):
-        save_checkpoint(root, 3, {"note": "again"}, write, Ranks(), keep=3)
+    with saver(root) as ours:
+        ours.save(3, {"note": "again"}, PIECES, background=False)
     assert verify_checkpoint(root / "step_00000003")["note"] == "again"
 
 
@@ -118,9 +167,7 @@ def test_any_range_from_any_cut(tmp_path: Path, cuts: list[int]) -> None:
     assert torch.equal(reader.full("ema")["weight"], TENSOR)
     for start, numel in ((0, 24), (3, 7), (11, 2), (23, 1)):
         assert torch.equal(reader.read("ema", "weight", start, numel), flat[start : start + numel])
-    assert reader.has("ema")
-    assert not reader.has("master")
-    shutil.rmtree(tmp_path)
+    assert reader.kinds == ["ema"]
 
 
 def test_a_missing_piece_is_named(tmp_path: Path) -> None:
@@ -135,3 +182,57 @@ def test_a_missing_piece_is_named(tmp_path: Path) -> None:
 def test_not_a_step_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
         step_of(tmp_path)
+
+
+WRITER = """
+import os
+import sys
+from pathlib import Path
+import torch
+from hpc_ddpm.checkpoint import Piece, latest_checkpoint, step_of
+from hpc_ddpm.config import TrainingConfig
+from hpc_ddpm.distributed import Ranks, process_group
+from hpc_ddpm.training.saver import Saver
+
+def work(root):
+    with process_group(Ranks()) as device:
+        newest = latest_checkpoint(root)
+        saver = Saver(root, TrainingConfig(keep_checkpoints=1), Ranks(), device)
+        for step in range(step_of(newest) + 1 if newest else 1, 10**6):
+            pieces = [Piece("master", str(i), (100_000,), 0, torch.full((100_000,), float(step))) for i in range(3)]
+            saver.save(step, {}, pieces, background=step % 2 == 0)
+            saver.finish()
+            print(step, flush=True)
+
+while line := sys.stdin.readline():
+    child = os.fork()
+    if child == 0:
+        work(Path(sys.argv[1]))
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("killed", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_the_last_one_that_was_reported_is_there(tmp_path: Path) -> None:
+    """A writer that does nothing but save, keeping one, is killed 25 times; each time it goes on where it was."""
+    chance = random.Random(0)
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        for _ in range(25):
+            print("start", file=writer.stdin, flush=True)
+            child, first = int(writer.stdout.readline()), writer.stdout.readline()
+            time.sleep(chance.uniform(0, 0.1))
+            os.kill(child, signal.SIGKILL)
+            reported = [first, *iter(writer.stdout.readline, "killed\n")]
+            newest = verified(tmp_path)
+            assert step_of(newest) - int(reported[-1]) in {0, 1}
+            full = PieceReader(newest).full("master")
+            assert all((values == step_of(newest)).all() for values in full.values())
+            for path in step_dirs(tmp_path):
+                verify_checkpoint(path)
+        writer.stdin.close()

@@ -23,6 +23,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 
 
 class LabelsConfig(Section):
@@ -314,14 +315,56 @@ class TrainingConfig(Section):
     """DeepSpeed ZeRO: partition nothing / optimizer state / + gradients / + parameters."""
     reduce_bucket_size: int = Field(default=5_000_000, gt=0)
     """Elements per gradient all-reduce; small, so that communication overlaps with backward."""
+    """Also per all-gather; at stage 3 per prefetch."""
     overlap_comm: bool = True
+    """Reduce gradients while backward still runs."""
+    max_live_parameters: int = Field(default=50_000_000, gt=0)
+    """Stage 3: whole parameters that one rank holds at a time, and elements per optimizer pass."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Stages 1 to 3: keep masters, moments and EMA in the host's memory, and step there (slow)."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Stage 3: keep the sharded weights in the host's memory."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Of the average called `ema`, which sampling takes by default; 1 - decay is the newest weights' share."""
     ema_warmup: bool = True
     """Start with a short memory, min(decay, (1 + n) / (10 + n)) after n updates."""
     ema_every_steps: int = Field(default=1, gt=0)
+    ema_extra_decays: Numbers = ()
+    """More averages of the same kind, called `ema_DECAY`; 4 bytes per parameter each, over all ranks."""
+    ema_power_sigmas: Numbers = ()
+    """Power-function averages of these relative widths (Karras et al. 2024), called `ema_power_SIGMA`."""
     log_every_steps: int = Field(default=10, gt=0)
     checkpoint_every_steps: int = Field(default=1000, gt=0)
     keep_checkpoints: int = Field(default=3, gt=0)
+    """The newest ones that stay."""
+    keep_every_steps: int = Field(default=0, ge=0)
+    """Checkpoints of multiples of this step stay for good; 0 is off."""
+    async_checkpoints: bool = True
+    """Write in the background while training goes on, from a copy in the host's memory."""
+    allow_batch_change: bool = False
+    """Let a resumed run change global_batch: it goes on at volume step * global_batch of the data order."""
+
+    @property
+    def ema_names(self) -> tuple[str, ...]:
+        """The averages that a checkpoint holds; `ema` first."""
+        extra = [f"ema_{decay:g}" for decay in self.ema_extra_decays]
+        return ("ema", *extra, *(f"ema_power_{sigma:g}" for sigma in self.ema_power_sigmas))
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError("precision=fp16 needs zero_stage 1, 2 or 3: DeepSpeed accumulates in fp16 at stage 0")
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("offload_optimizer=cpu needs zero_stage 1, 2 or 3")
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters=cpu needs zero_stage=3, found {self.zero_stage}")
+        if any(not 0 <= decay < 1 for decay in self.ema_extra_decays):
+            raise ValueError(f"ema_extra_decays must lie in [0, 1), found {list(self.ema_extra_decays)}")
+        if any(not 0 < sigma < 0.28 for sigma in self.ema_power_sigmas):
+            raise ValueError(f"ema_power_sigmas must lie in (0, 0.28), found {list(self.ema_power_sigmas)}")
+        if len(set(self.ema_names)) != len(self.ema_names):
+            raise ValueError(f"two averages have the same name: {', '.join(self.ema_names)}")
+        return self
 
     def accumulation(self, world_size: int) -> int:
         """Micro steps per optimizer step at `world_size` ranks; raises ConfigError where it does not divide."""
@@ -372,6 +415,8 @@ class FidelityConfig(Section):
 class SamplingConfig(Section):
     """How volumes are generated."""
 
+    weights: str = "ema"
+    """Of a run: `ema`, another of its averages (`ema_0.9999`, `ema_power_0.1`), or `master` (not averaged)."""
     sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "deis", "ipndm", "heun"] = "dpmpp_2m"
     num_steps: int = Field(default=20, gt=0)
     """Network evaluations per volume; at most diffusion.num_timesteps. heun uses two per step; guidance doubles."""

@@ -21,6 +21,14 @@ class TokenLinear(nn.Conv1d):
         return F.linear(x, self.weight.squeeze(-1), self.bias)
 
 
+class ZeroTokenLinear(TokenLinear):
+    """A map of tokens whose weight and bias start at zero."""
+
+    def reset_parameters(self) -> None:  # noqa: D102
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 class AttentionBlock(nn.Module):
     """x + projection(attention(GroupNorm(x))), (B, C, D, H, W) -> same (Vaswani et al. 2017).
 
@@ -40,9 +48,7 @@ class AttentionBlock(nn.Module):
             )
         self.norm = nn.GroupNorm(num_groups, channels)
         self.qkv = TokenLinear(channels, 3 * channels)
-        self.proj_out = TokenLinear(channels, channels)
-        for parameter in self.proj_out.parameters():
-            nn.init.zeros_(parameter)
+        self.proj_out = ZeroTokenLinear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         tokens = self.norm(x.flatten(2)).transpose(1, 2)

@@ -68,16 +68,17 @@ class Conv3d(nn.Conv3d):
         return torch.cat(F.conv3d(halves, self.weight, bias, padding=(0, *pad_hw)).split(1), dim=2)
 
 
-def conv3(in_channels: int, out_channels: int, stride: int = 1) -> Conv3d:
+class ZeroConv3d(Conv3d):
+    """A convolution whose weight and bias start at zero."""
+
+    def reset_parameters(self) -> None:  # noqa: D102
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+def conv3(in_channels: int, out_channels: int, stride: int = 1, kind: type[Conv3d] = Conv3d) -> Conv3d:
     """A 3x3x3 convolution with padding 1."""
-    return Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
-
-
-def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer, with all its parameters set to zero."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
+    return kind(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
 
 
 class NormConv(nn.ModuleList):
@@ -132,7 +133,7 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
         self.out_layers = NormConv(
             GroupNormSiLU(num_groups, out_channels),
-            zeroed(conv3(out_channels, out_channels)),
+            conv3(out_channels, out_channels, kind=ZeroConv3d),
             dropout,
             recompute=recompute_norm,
         )

@@ -20,10 +20,10 @@ from hpc_ddpm.model.blocks import (
     NormConv,
     ResBlock,
     Upsample,
+    ZeroConv3d,
     checkpointed,
     conv3,
     timestep_embedding,
-    zeroed,
 )
 from hpc_ddpm.model.norm import GroupNormSiLU
 
@@ -76,7 +76,7 @@ class UNet3d(nn.Module):
 
         self.out = NormConv(
             GroupNormSiLU(config.num_groups, width),
-            zeroed(conv3(width, num_modalities)),
+            conv3(width, num_modalities, kind=ZeroConv3d),
             recompute=config.activation_checkpointing == "norm",
         )
 

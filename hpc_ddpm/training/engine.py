@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its settings as a pure function of ours, and its state in and out of checkpoints."""
+"""The network under DeepSpeed, its EMA, and its state in and out of checkpoints."""
 
 from __future__ import annotations
 
@@ -8,59 +8,28 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hpc_ddpm.checkpoint import Piece, PieceReader, write_pieces
+from hpc_ddpm.checkpoint import Piece, PieceReader, read_manifest
 from hpc_ddpm.config import Config, TrainingConfig
 from hpc_ddpm.distributed import Ranks, resolve_precision
 from hpc_ddpm.errors import CheckpointError
+from hpc_ddpm.model.initial import initial_tensors
+from hpc_ddpm.model.unet3d import build_unet
+from hpc_ddpm.training.deepspeed_config import deepspeed_config, resolved_config
 from hpc_ddpm.training.ema import Ema
-from hpc_ddpm.training.partitions import STATE_KEYS, Partition
+from hpc_ddpm.training.partitions import STATE_KEYS, Partition, own_part, whole_shape
 
+SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+AS_STARTED = "resume with the configuration the run was started with"
 
-def deepspeed_config(training: TrainingConfig, world_size: int, precision: str) -> dict[str, Any]:
-    """Every value that matters, written out: DeepSpeed's defaults change between versions."""
-    half = precision != "fp32"
-    stage = training.zero_stage
-    config: dict[str, Any] = {
-        "train_batch_size": training.global_batch,
-        "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": training.accumulation(world_size),
-        "gradient_clipping": training.gradient_clip,
-        "prescale_gradients": False,
-        "communication_data_type": "fp32",
-        "data_types": {
-            "grad_accum_dtype": {"bf16": "bf16", "fp16": "fp16"}[precision] if half and stage == 0 else "fp32"
-        },
-        "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": training.reduce_bucket_size,
-            "allgather_bucket_size": training.reduce_bucket_size,
-            "overlap_comm": training.overlap_comm,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "round_robin_gradients": False,
-        },
-        "zero_allow_untested_optimizer": False,
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-        "dump_state": False,
-    }
-    if stage == 3:
-        config["zero_optimization"] |= {
-            "stage3_prefetch_bucket_size": training.reduce_bucket_size,
-            "stage3_param_persistence_threshold": 10_000,
-            "stage3_max_live_parameters": 10**9,
-            "stage3_max_reuse_distance": 10**9,
-            "sub_group_size": 10**9,
-            "stage3_gather_16bit_weights_on_model_save": False,
-        }
-    return config
+Tensors = Iterable[tuple[str, tuple[int, ...], Callable[[int, int], torch.Tensor]]]
+"""Name and shape of parameters, each with a function that reads elements `start .. start + numel` of it, flat."""
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -78,28 +47,50 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 class Engine:
-    """The network under DeepSpeed, with its EMA; everything a checkpoint needs, in and out."""
+    """The network under DeepSpeed, with its EMA; everything a checkpoint needs, in and out.
 
-    def __init__(self, network: torch.nn.Module, config: Config, ranks: Ranks, device: torch.device) -> None:
+    It starts at `checkpoint`, written at any world size and stage, or else at weights that follow from the seed.
+
+    Raises:
+        CheckpointError: the checkpoint is of another network or lacks a tensor.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, device: torch.device, checkpoint: Path | None = None) -> None:
         training = config.training
         self.ranks = ranks
         self.training = training
         self.precision = resolve_precision(training.precision, device)
         self.settings = deepspeed_config(training, ranks.world_size, self.precision)
         deepspeed = import_deepspeed(device)
-        kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
-        parameters = [param for param in network.parameters() if param.requires_grad]
-        # lr 0: should DeepSpeed take a step of its own to create the state, it must not move anything
-        optimizer = kind(parameters, lr=0.0, betas=training.betas, weight_decay=training.weight_decay)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes up the group that is there
+        reader = None if checkpoint is None else PieceReader(checkpoint)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
+            # at stage 3 no rank ever holds the whole network
+            sharded = deepspeed.zero.Init(config_dict_or_path=self.settings, enabled=training.zero_stage == 3)
+            with sharded:
+                network = build_unet(config).train()
+            _fill(network, _initial(config) if reader is None else _stored(reader), ranks.rank)
+            kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
+            parameters = [param for param in network.parameters() if param.requires_grad]
+            # lr 0: should DeepSpeed take a step of its own to create the state, it must not move anything
+            optimizer = kind(parameters, lr=0.0, betas=training.betas, weight_decay=training.weight_decay, fused=True)
+            if training.zero_stage < 3:
+                network = network.to(device)
             self.deepspeed, *_ = deepspeed.initialize(
-                model=network.to(device), optimizer=optimizer, config=self.settings, dist_init_required=False
+                model=network, optimizer=optimizer, config=self.settings, dist_init_required=False
             )
         self._stage0_norm: torch.Tensor | None = None  # DeepSpeed computes none there without clipping
         self.partition = Partition(self.deepspeed)
         self.partition.reset_state()
-        self.ema = Ema(self.partition, training.ema_decay, warmup=training.ema_warmup)
+        self.ema = Ema(self.partition, training)
+        if reader is not None:
+            self._read(reader, read_manifest(reader.folder))
+
+    @property
+    def resolved_settings(self) -> dict[str, Any]:
+        """`settings` as DeepSpeed understood them."""
+        return resolved_config(self.settings, self.deepspeed._config)
 
     def backward(self, loss: torch.Tensor) -> None:
         """One micro step; scaled by the accumulation, reduced over ranks at its end."""
@@ -123,40 +114,75 @@ class Engine:
         """Let go of DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
 
-    def _tensors(self) -> dict[str, list[torch.Tensor]]:
-        """All that is saved, by kind, each laid out like the partition's flats."""
-        moments = {key: self.partition.state(key) for key in STATE_KEYS}
-        return {"master": self.partition.flats, "ema": self.ema.averages, **moments}
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of this engine's state, besides its tensors."""
+        return {
+            "optimizer_step": self.partition.num_steps,
+            "ema_updates": self.ema.num_updates,
+            "loss_scaler": {key: getattr(self._scaler, key) for key in SCALER_KEYS} if self._scaler else None,
+            "precision": self.precision,
+            "weights": ["master", *self.ema.averages],
+            "zero_stage": self.training.zero_stage,
+            "world_size": self.ranks.world_size,
+        }
 
-    def write(self, folder: Path) -> list[Path]:
-        """This rank's pieces of weights, moments and EMA; the files written."""
+    def pieces(self) -> list[Piece]:
+        """What this rank owns of weights, moments and averages; views into the live tensors."""
         if not self.partition.owned:
             return []
-        pieces = (
+        return [
             Piece(kind, fragment.name, fragment.shape, fragment.start, self.partition.view(tensors, fragment))
             for kind, tensors in self._tensors().items()
             for fragment in self.partition.fragments
-        )
-        path = folder / f"pieces-{self.ranks.rank:05d}-of-{self.ranks.world_size:05d}.safetensors"
-        write_pieces(path, pieces)
-        return [path]
+        ]
 
-    def read(self, reader: PieceReader, facts: dict[str, Any]) -> None:
-        """Take over weights, moments and EMA of a checkpoint written at any world size and stage.
+    @property
+    def _scaler(self) -> Any:
+        """The object that holds the loss scale of fp16; without fp16, None."""
+        if self.precision != "fp16":
+            return None
+        return self.deepspeed.optimizer.loss_scaler
 
-        The network's own (possibly bf16) weights must already hold the checkpoint's `master` values.
-        """
+    def _tensors(self) -> dict[str, list[torch.Tensor]]:
+        """All that is saved, by kind, each laid out like the partition's flats."""
+        moments = {key: self.partition.state(key) for key in STATE_KEYS}
+        return {"master": self.partition.flats, **self.ema.averages, **moments}
+
+    def _read(self, reader: PieceReader, facts: dict[str, Any]) -> None:
+        """Take over all but the network's own (possibly half precision) weights, which came with `_fill`."""
         self.partition.reset_state(step=facts["optimizer_step"])
         self.ema.num_updates = facts["ema_updates"]
-        for fragment in self.partition.fragments:
-            if reader.shapes.get(fragment.name) != fragment.shape:
-                raise CheckpointError(
-                    f"{reader.folder}: '{fragment.name}' is {reader.shapes.get(fragment.name, 'absent')} there but "
-                    f"{fragment.shape} in this network; resume with the configuration the run was started with"
-                )
-            for kind, tensors in self._tensors().items():
+        if self._scaler is not None:
+            for key, value in facts["loss_scaler"].items():
+                setattr(self._scaler, key, value)
+        for kind, tensors in self._tensors().items():
+            for fragment in self.partition.fragments:
                 values = reader.read(kind, fragment.name, fragment.start, fragment.numel)
                 self.partition.view(tensors, fragment).copy_(values)
+
+
+def _initial(config: Config) -> Tensors:
+    for name, tensor in initial_tensors(config):
+        yield name, tuple(tensor.shape), partial(tensor.flatten().narrow, 0)
+
+
+def _stored(reader: PieceReader) -> Tensors:
+    for name, shape in reader.shapes.items():
+        yield name, shape, partial(reader.read, "master", name)
+
+
+def _fill(network: torch.nn.Module, tensors: Tensors, rank: int) -> None:
+    """Give this rank's part of the network's parameters its values."""
+    parameters = dict(network.named_parameters())
+    for name, shape, read in tensors:
+        expected = whole_shape(parameters[name]) if name in parameters else "absent"
+        if shape != expected:
+            raise CheckpointError(f"the checkpoint's '{name}' is {shape}, in this network {expected}; {AS_STARTED}")
+        part, start = own_part(parameters.pop(name), rank)
+        if part.numel():  # a small parameter does not reach the last ranks
+            part.copy_(read(start, part.numel()))
+    if parameters:
+        raise CheckpointError(f"the checkpoint lacks '{next(iter(parameters))}' of this network; {AS_STARTED}")
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hpc_ddpm.checkpoint import PieceReader, agree_on_latest, read_manifest, save_checkpoint, step_of
+from hpc_ddpm.checkpoint import agree_on_latest, step_of
 from hpc_ddpm.config import READING_SETTINGS, Config, DataConfig
 from hpc_ddpm.data.dataset import Batch, Expand, VolumeDataset
 from hpc_ddpm.data.loader import build_loader, copy_ahead
@@ -24,10 +24,10 @@ from hpc_ddpm.diffusion.schedules import Schedule, build_schedule
 from hpc_ddpm.distributed import Ranks, StopFlag, all_or_none, all_reduce_mean
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.files import write_json
-from hpc_ddpm.model.unet3d import build_unet
 from hpc_ddpm.runlog import RunLog
 from hpc_ddpm.training.engine import Engine, learning_rate
 from hpc_ddpm.training.memory import settle_memory
+from hpc_ddpm.training.saver import Saver
 
 GIB = 2**30
 
@@ -76,9 +76,8 @@ def train(
     dataset = VolumeDataset(all_or_none(partial(stage, config.data, on_stage)), "train")
     if config.data.cache == "ram":
         dataset.keep_in_ram()
-    torch.manual_seed(config.seed)  # the same initial weights on every rank
-    network = build_unet(config).train()
-    start, engine = _resume_or_start(network, config, folder, ranks, device)
+    start = 0 if folder is None else step_of(folder)
+    engine = Engine(config, ranks, device, folder)
     batches = StepBatches(
         len(dataset),
         config.seed,
@@ -90,22 +89,13 @@ def train(
         ranks.world_size,
     )
     if ranks.is_main:
-        write_json(run_dir / "deepspeed.json", engine.settings, indent=2)
+        settings = {"given": engine.settings, "resolved": engine.resolved_settings}
+        write_json(run_dir / "deepspeed.json", settings, indent=2)
     log = RunLog(run_dir, is_main=ranks.is_main, start_step=start)
     meter = _Meter(training.global_batch, ranks, device)
     schedule = build_schedule(config.diffusion).to(device)
+    saver = Saver(root, training, ranks, device)
     step, stopped_by = start, 0
-
-    def save() -> None:
-        facts = {
-            "optimizer_step": step,
-            "ema_updates": engine.ema.num_updates,
-            "config_digest": config.digest(),
-            "world_size": ranks.world_size,
-            "zero_stage": training.zero_stage,
-        }
-        save_checkpoint(root, step, facts, engine.write, ranks, training.keep_checkpoints)
-
     if config.data.patch_size:
         patches = PatchDataset(dataset, config.seed, config.data.training_shape)
         read = build_loader(patches, SampleBatches(batches), config.data.num_workers)
@@ -122,15 +112,19 @@ def train(
             step += 1
             meter.add(step, torch.stack(losses).mean())
             stopped_by = stop.agreed(device)
+            saver.poll()
             is_last = step == training.num_steps or bool(stopped_by)
-            if is_last or step % training.log_every_steps == 0:
-                for logged_step, values in meter.flush(
-                    {"learning_rate": rate, "gradient_norm": engine.gradient_norm()}
-                ):
+            is_save = is_last or step % training.checkpoint_every_steps == 0
+            if is_save or step % training.log_every_steps == 0:  # no step of a checkpoint is missing in the log
+                extra = {"learning_rate": rate, "gradient_norm": engine.gradient_norm()}
+                for logged_step, values in meter.flush(extra | {"checkpoint_stall_s": saver.take_stall_s()}):
                     log.scalars(logged_step, values)
                     on_log(logged_step, values)
-            if is_last or step % training.checkpoint_every_steps == 0:
-                save()
+            if is_save:
+                facts = {"config_digest": config.digest(), **engine.facts()}
+                background = training.async_checkpoints and not is_last
+                saver.save(step, facts, engine.pieces(), background=background)
+    saver.close()
     log.close()
     engine.close()
     return TrainResult(step, start, stopped_by if step < training.num_steps else 0)
@@ -159,22 +153,6 @@ def agree_with_packed(data: DataConfig) -> DataConfig:
 
 def _plain(value: Any) -> Any:
     return value.model_dump() if hasattr(value, "model_dump") else list(value) if isinstance(value, tuple) else value
-
-
-def _resume_or_start(
-    network: torch.nn.Module, config: Config, folder: Path | None, ranks: Ranks, device: torch.device
-) -> tuple[int, Engine]:
-    """The engine at a checkpoint, or at step 0."""
-    if folder is None:
-        return 0, Engine(network, config, ranks, device)
-    reader, facts = PieceReader(folder), read_manifest(folder)  # rank 0 has verified it
-    missing, unexpected = network.load_state_dict(reader.full("master"), strict=False)
-    if missing or unexpected:
-        name = (missing or unexpected)[0]
-        raise ConfigError(f"{folder} does not fit this network (for example '{name}'); resume with the run's own model")
-    engine = Engine(network, config, ranks, device)
-    engine.read(reader, facts)
-    return facts["step"], engine
 
 
 def _micro_steps(

@@ -64,11 +64,34 @@ class Partition:
         """An optimizer moment (`exp_avg`, `exp_avg_sq`), laid out like `flats`."""
         return [self.optimizer.state[flat][key] for flat in self.flats]
 
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps taken; fp16 overflows skip some."""
+        return int(self.optimizer.state[self.flats[0]]["step"])
+
     def reset_state(self, step: int = 0) -> None:
         """Zero moments and this step count, whatever DeepSpeed's initialisation left behind."""
         for flat in self.flats:
             fresh = {"step": torch.tensor(float(step), device=flat.device)}
             self.optimizer.state[flat] = fresh | {key: torch.zeros_like(flat.detach()) for key in STATE_KEYS}
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Shape of a parameter of the network, sharded by ZeRO-3 or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def own_part(parameter: torch.nn.Parameter, rank: int) -> tuple[torch.Tensor, int]:
+    """Flat view of what this rank holds of a parameter of the network, and where it starts in the whole.
+
+    That is all of it, or its ZeRO-3 shard.
+    """
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter.detach().view(-1), 0
+    start = shard.numel() * rank
+    numel = max(0, min(shard.numel(), parameter.ds_numel - start))  # type: ignore[attr-defined]  # the rest is padding
+    return shard.detach().view(-1)[:numel], start
 
 
 def _mapped(groups: list[list[Any]], names: dict[int, str]) -> Iterator[Fragment]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,12 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 
+from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.weights import load_model
 from launch.cli import main
+from launch.stages import resume_config
 from tests.conftest import TINY, rank_environment
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -62,7 +67,7 @@ def test_a_run_directory_says_everything(run: Path) -> None:
     record = json.loads((run / "provenance.json").read_text())
     assert {"torch", "deepspeed", "hpc_ddpm"} <= set(record["versions"])
     assert record["world_size"] == 1
-    settings = json.loads((run / "deepspeed.json").read_text())
+    settings = json.loads((run / "deepspeed.json").read_text())["resolved"]
     assert settings["zero_optimization"]["stage"] == 1
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     wanted = {
@@ -89,6 +94,35 @@ def test_another_experiment_is_refused(run: Path, cli: Cli) -> None:
     done = cli("train", "--out", run, "-q", "training.learning_rate=1e-3")
     assert done.returncode == 2
     assert "started with other settings: training.learning_rate 0.01 -> 0.001" in done.stderr
+
+
+def test_another_batch_is_refused_with_the_arithmetic(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"6 steps x 4 = 24 volumes .* after 6 x 8 = 48.*allow_batch_change"):
+        resume_config(run, None, ["training.global_batch=8"])
+    allowed = resume_config(run, None, ["training.global_batch=8", "training.allow_batch_change=true"])
+    assert allowed.training.global_batch == 8
+
+
+@pytest.mark.slow
+def test_checkpoint_commands(run: Path, cli: Cli, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest = copy / "checkpoints" / "step_00000006"
+    shutil.copytree(newest, copy / "checkpoints" / "step_00000005")
+    rows = json.loads(cli("checkpoint", "ls", copy, "--json").stdout)
+    assert [(row["step"], row["problem"], row["world_size"]) for row in rows] == [(5, None, 1), (6, None, 1)]
+    assert cli("checkpoint", "verify", copy).returncode == 0
+    assert cli("checkpoint", "consolidate", copy, "--out", tmp_path / "weights").returncode == 0
+    ours, theirs = load_model(tmp_path / "weights").state_dict(), load_model(copy).state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert "would delete 1" in cli("checkpoint", "prune", copy, "--keep", "1", "--dry-run").stdout
+    piece = next(newest.glob("pieces-*"))
+    piece.write_bytes(piece.read_bytes()[:-1] + b"?")
+    damaged = cli("checkpoint", "verify", copy)
+    assert damaged.returncode == 2
+    assert "step 5: whole" in damaged.stdout
+    assert "step 6: " in damaged.stdout
+    assert "nothing to delete" in cli("checkpoint", "prune", copy, "--keep", "1", "--yes").stdout
 
 
 def test_sampling_writes_volumes_once(run: Path, cli: Cli, tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""A run of two ranks, killed at random moments, ends with the loss sequence of one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc_ddpm.checkpoint import latest_checkpoint
+from hpc_ddpm.distributed import _free_port
+from hpc_ddpm.runlog import read_metrics
+from tests.conftest import TINY, rank_environment
+
+KILLS = int(os.environ.get("HPC_DDPM_KILLS", "3"))
+"""20 is the claim; each takes about ten seconds."""
+STEPS = 20 + 10 * KILLS
+
+
+def start(run: Path, packed: Path, num_ranks: int = 2) -> list[subprocess.Popen[str]]:
+    """The ranks of `hpc-ddpm train`, as a launcher starts them, with their output in files beside the run."""
+    run.mkdir(parents=True, exist_ok=True)
+    port = str(_free_port())
+    settings = [f"training.num_steps={STEPS}", "training.checkpoint_every_steps=5", "training.log_every_steps=3"]
+    settings += ["training.learning_rate=1e-3", "training.keep_checkpoints=2", "training.keep_every_steps=50"]
+    command = [sys.executable, "-m", "launch.cli", "train", "--out", str(run), "--data", str(packed), "-q"]
+    processes = []
+    for rank in range(num_ranks):
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = rank_environment() | {key: str(value) for key, value in here.items()} | meeting
+        with (run / f"stderr-{rank}.txt").open("w") as stderr:
+            processes.append(subprocess.Popen([*command, *TINY, *settings], env=environment, stderr=stderr, text=True))
+    return processes
+
+
+def finish(run: Path, processes: list[subprocess.Popen[str]]) -> list[int]:
+    """Exit codes. As launchers do, end the others a while after one has died: they may be waiting to meet it."""
+    deadline = time.monotonic() + 600
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            deadline = min(deadline, time.monotonic() + 10)
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    codes = [process.wait() for process in processes]
+    for path in run.glob("stderr-*.txt"):
+        assert "terminate called" not in path.read_text(), path.read_text()[-3000:]
+    return codes
+
+
+def kill(processes: list[subprocess.Popen[str]], chance: random.Random) -> None:
+    """SIGKILL to one rank or to all, or SIGTERM to one or to all."""
+    number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+    for process in chance.choice([processes, [chance.choice(processes)]]):
+        process.send_signal(number)
+
+
+def wait_for_progress(run: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """Until this start has logged steps of its own."""
+    path = run / "metrics.jsonl"
+    began = time.time()
+    while all(process.poll() is None for process in processes):
+        if path.exists() and path.stat().st_mtime > began and len(list(read_metrics(run))) > 0:
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_random_moments_the_loss_sequence_is_the_same(tiny_packed: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert finish(whole, start(whole, tiny_packed)) == [0, 0]
+    chance = random.Random(0)
+    for _ in range(KILLS):
+        processes = start(killed, tiny_packed)
+        if chance.random() < 0.8:
+            wait_for_progress(killed, processes)
+            time.sleep(chance.uniform(0, 1.5))
+        else:
+            time.sleep(chance.uniform(0, 5))
+        kill(processes, chance)
+        finish(killed, processes)
+    assert finish(killed, start(killed, tiny_packed)) == [0, 0]
+    losses = [[row["loss"] for row in read_metrics(run)] for run in (whole, killed)]
+    assert len(losses[0]) == STEPS
+    assert losses[0] == losses[1]
+    assert latest_checkpoint(killed / "checkpoints") == killed / "checkpoints" / f"step_{STEPS:08d}"
