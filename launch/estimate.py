@@ -78,6 +78,7 @@ def estimate(config: Config, gpu: Gpu, world_size: int) -> dict[str, Any]:
     fits = {policy: planner.largest_micro_batch(policy, budget) for policy in POLICIES}
     micro_batch, policy = config.training.micro_batch, fixed_policy(config)
     plan = planner.plan(policy, micro_batch)
+    checkpoint_gib = planner.parameters * 4 * (3 + len(config.training.ema_names)) / GIB  # masters, moments, averages
     return {
         "config": config.name,
         "precision": precision,
@@ -96,8 +97,8 @@ def estimate(config: Config, gpu: Gpu, world_size: int) -> dict[str, Any]:
         "zero": _zero(planner, config, world_size, precision),
         "run": _run(planner, config, gpu, world_size, policy, precision),
         "disk_gib": {
-            "checkpoint": planner.parameters * 16 / GIB,  # masters, two moments and EMA in fp32
-            "kept_and_one_being_written": planner.parameters * 16 * (config.training.keep_checkpoints + 1) / GIB,
+            "checkpoint": checkpoint_gib,
+            "kept_and_one_being_written": checkpoint_gib * (config.training.keep_checkpoints + 1),
         },
         "sampling": _sampling(planner, config, precision),
     }

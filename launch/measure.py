@@ -36,10 +36,10 @@ def measure_step(config: Config, dtype: torch.dtype, device: torch.device) -> in
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        example_loss(network, example_batch(config, device)).backward()
+        example_loss(network, example_batch(config, config.data.training_shape, device)).backward()
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        example_loss(network, example_batch(config, device)).backward()
+        example_loss(network, example_batch(config, config.data.training_shape, device)).backward()
     return _peak(run)
 
 

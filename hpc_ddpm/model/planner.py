@@ -45,7 +45,7 @@ class States:
 
 
 def plan_states(parameters: int, training: TrainingConfig, world_size: int, precision: str) -> States:
-    """What DeepSpeed and the EMA allocate for `parameters` weights on each of `world_size` ranks."""
+    """What DeepSpeed and the averages allocate on each of `world_size` ranks; what is offloaded counts all the same."""
     stage, is_half = training.zero_stage, precision != "fp32"
     shard = world_size if stage else 1
     width = 2 if is_half else 4
@@ -61,7 +61,7 @@ def plan_states(parameters: int, training: TrainingConfig, world_size: int, prec
         weights=size(width / shard + gathered if stage == 3 else width),
         masters=size(4 / shard if stage or is_half else 0),
         moments=size(8 / shard),
-        ema=size(4 / shard),
+        ema=size(4 / shard) * len(training.ema_names),
         gradients=size(gradients) + (buckets if stage else 0),
         optimizer_step=size(step),
     )
@@ -139,13 +139,13 @@ class Planner:
     def check_indexing(self) -> None:
         """Raises ConfigError where a tensor would be too large for 32-bit indices."""
         policy, micro_batch = fixed_policy(self.config), self.config.training.micro_batch
-        limit, numel = self.index_limit(policy), self.trace(policy).largest_numel
+        limit, numel, data = self.index_limit(policy), self.trace(policy).largest_numel, self.config.data
         if micro_batch > limit:
             raise ConfigError(
                 f"training.micro_batch={micro_batch} makes a tensor of {micro_batch * numel:,} elements, kernels index "
                 f"fewer than 2^31 = {MAX_NUMEL:,}; set training.micro_batch={limit} or less"
                 if limit
-                else f"one volume of {list(self.config.data.size)} makes a tensor of {numel:,} elements, kernels index "
+                else f"one volume of {list(data.patch_size or data.size)} makes a tensor of {numel:,} elements, kernels index "
                 f"fewer than 2^31 = {MAX_NUMEL:,}; reduce data.size or model.base_channels"
             )
 

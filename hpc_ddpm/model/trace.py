@@ -62,7 +62,7 @@ def trace_step(config: Config, dtype: torch.dtype, device_type: str = "cuda") ->
     with _no_values(device_type) as device:
         network = _network(config, dtype, device)
         with _Watch() as watch:
-            batch = example_batch(config, device)
+            batch = example_batch(config, config.data.training_shape, device)
             loss = example_loss(network, batch)
             forward_flops, saved = watch.flops, watch.live
             loss.backward()
@@ -74,7 +74,7 @@ def trace_forward(config: Config, dtype: torch.dtype, device_type: str = "cuda")
     with _no_values(device_type) as device, torch.no_grad():
         network = _network(config, dtype, device).eval()
         with _Watch() as watch:
-            x_start, _, condition, timesteps = example_batch(config, device)
+            x_start, _, condition, timesteps = example_batch(config, config.data.spatial_shape, device)
             network(x_start, condition, timesteps)
     return Forward(watch.flops, watch.peak, watch.workspace)
 
@@ -85,9 +85,11 @@ def count_parameters(config: Config) -> int:
         return sum(parameter.numel() for parameter in build_unet(config).parameters())
 
 
-def example_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Clean volume, noise, condition and timestep of one sample, as the training loop holds them."""
-    volume = (1, config.data.num_modalities, *config.data.spatial_shape)
+def example_batch(
+    config: Config, shape: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clean volume, noise, condition and timestep of one sample (D, H, W), as the training loop holds them."""
+    volume = (1, config.data.num_modalities, *shape)
     x_start, noise = (torch.zeros(volume, device=device) for _ in range(2))
     condition = torch.zeros(1, config.data.num_labels, *volume[2:], device=device)
     return x_start, noise, condition, torch.zeros(1, dtype=torch.long, device=device)

@@ -96,8 +96,8 @@ class Finisher:
             if self._count(is_written=False) >= MAX_FAILED_WRITES:
                 raise ClusterError(
                     f"{self.folder.path}: {MAX_FAILED_WRITES} volumes in a row could not be written "
-                    f"({error.strerror}); make room, then `hpc-ddpm sample retry {self.folder.path}` for those that are marked, "
-                    "and the same command again for the rest"
+                    f"({error.strerror}); make room, then run `hpc-ddpm sample retry {self.folder.path}` for those "
+                    "that are marked, and the same command again for the rest"
                 ) from None
         else:
             self._count(is_written=True)

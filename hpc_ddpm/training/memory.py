@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def settle_memory(config: Config, run_dir: Path, ranks: Ranks, device: torch.dev
 def _is_far_below_index_limit(config: Config) -> bool:
     """Without a trace: the widest level at full resolution, with its skip, twice over."""
     widest = config.model.base_channels * max(config.model.channel_multipliers)
-    voxels = config.data.size[0] * config.data.size[1] * config.data.size[2]
+    voxels = math.prod(config.data.training_shape)
     return config.training.micro_batch * voxels * 4 * widest < MAX_NUMEL
 
 

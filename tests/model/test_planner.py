@@ -49,7 +49,7 @@ def analytic_flops(config: Config) -> tuple[int, int]:
 
     for module in network.modules():
         module.register_forward_hook(count)
-    x_start, _, condition, timesteps = example_batch(config, torch.device("meta"))
+    x_start, _, condition, timesteps = example_batch(config, config.data.training_shape, torch.device("meta"))
     network(x_start, condition, timesteps)
     return forward, total
 
@@ -62,7 +62,7 @@ def test_flops_are_those_of_the_layers_and_of_pytorchs_counter(name: str) -> Non
     with torch.device("meta"):
         network = build_unet(config)
     with FlopCounterMode(display=False) as counter:
-        example_loss(network, example_batch(config, torch.device("meta"))).backward()
+        example_loss(network, example_batch(config, config.data.training_shape, torch.device("meta"))).backward()
     assert counter.get_total_flops() == trace.flops
     assert trace_forward(config, torch.bfloat16).flops == trace.forward_flops
 
