@@ -134,5 +134,6 @@ def test_predicted_peaks_are_within_15_percent_of_the_allocators(
     settings: list[str], dtype: torch.dtype, policy: str
 ) -> None:
     config = with_policy(load_config(None, [*SMALL, *settings]).config, policy)
-    predicted = trace_step(config, dtype, "cpu").peak_bytes
-    assert predicted == pytest.approx(measure_step(config, dtype, torch.device("cpu")), rel=0.15)
+    trace = trace_step(config, dtype, "cpu")
+    copies = trace.workspace_bytes if dtype == torch.bfloat16 else 0  # fp32 ones are not PyTorch's
+    assert trace.peak_bytes + copies == pytest.approx(measure_step(config, dtype, torch.device("cpu")), rel=0.15)
