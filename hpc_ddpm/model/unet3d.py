@@ -118,8 +118,7 @@ class UNet3d(nn.Module):
         embedding = timestep_embedding(timesteps, self.config.base_channels, self.config.time_max_period)
         embedding = self.time_embed(embedding.to(dtype))
         x = torch.cat([x_t.to(dtype), condition.to(dtype)], dim=1)
-        channels_last = self.config.channels_last
-        if channels_last or (channels_last is None and x.device.type == "cpu"):
+        if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last_3d)
         return self._levels(x, embedding).float()
 

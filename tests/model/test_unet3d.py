@@ -163,7 +163,7 @@ def test_checkpointing_stores_less_the_more_it_recomputes() -> None:
 
 
 def test_channels_last_has_the_same_gradients() -> None:
-    expected, found = (gradients(tiny_network(f"model.channels_last={value}")) for value in (False, True))
+    expected, found = gradients(tiny_network()), gradients(tiny_network("model.channels_last=true"))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
