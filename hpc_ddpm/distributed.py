@@ -29,6 +29,7 @@ T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 KNOWN_BAD_CUDNN = range(90_800, 91_100)
 """bf16 conv3d gives wrong results in these cuDNN versions (pytorch#163539)."""
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -168,6 +169,7 @@ def process_group(ranks: Ranks, timeout_min: float = 30.0) -> Iterator[torch.dev
     device = local_device(ranks)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_min)
+    environment = dict(os.environ)
     try:
         if ranks.world_size == 1:
             _export(ranks, "127.0.0.1", 0)
@@ -193,6 +195,10 @@ def process_group(ranks: Ranks, timeout_min: float = 30.0) -> Iterator[torch.dev
             dist.destroy_process_group()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        for name in RANK_VARIABLES:  # what this process starts later is no rank of this group
+            os.environ.pop(name, None)
+            if name in environment:
+                os.environ[name] = environment[name]
 
 
 def _meeting_point(ranks: Ranks) -> tuple[str, int]:
@@ -214,15 +220,8 @@ def _free_port() -> int:
 
 def _export(ranks: Ranks, address: str, port: int) -> None:
     """What torch and DeepSpeed look up; with all of it set, DeepSpeed does not try MPI by itself."""
-    facts = {
-        "RANK": ranks.rank,
-        "WORLD_SIZE": ranks.world_size,
-        "LOCAL_RANK": ranks.local_rank,
-        "LOCAL_WORLD_SIZE": ranks.local_world_size,
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in facts.items()})
+    facts = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size, address, port)
+    os.environ.update({name: str(value) for name, value in zip(RANK_VARIABLES, facts, strict=True)})
 
 
 def keep_freed_memory() -> None:

@@ -123,3 +123,13 @@ def test_signals_only_set_a_flag() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_environment_is_as_before_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a process that is started later would take itself for a rank."""
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    monkeypatch.delenv("RANK", raising=False)
+    before = dict(os.environ)
+    with process_group(Ranks()):
+        assert os.environ["RANK"] == "0"
+    assert dict(os.environ) == before
