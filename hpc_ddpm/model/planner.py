@@ -145,8 +145,8 @@ class Planner:
                 f"training.micro_batch={micro_batch} makes a tensor of {micro_batch * numel:,} elements, kernels index "
                 f"fewer than 2^31 = {MAX_NUMEL:,}; set training.micro_batch={limit} or less"
                 if limit
-                else f"one volume of {list(data.patch_size or data.size)} makes a tensor of {numel:,} elements, kernels index "
-                f"fewer than 2^31 = {MAX_NUMEL:,}; reduce data.size or model.base_channels"
+                else f"one volume of {list(data.patch_size or data.size)} makes a tensor of {numel:,} elements, "
+                f"kernels index fewer than 2^31 = {MAX_NUMEL:,}; reduce data.size or model.base_channels"
             )
 
     def choose_policy(self, budget: int) -> MemoryPlan:
