@@ -41,6 +41,8 @@ MAY_CHANGE = {
     "training.offload_optimizer",
     "training.offload_parameters",
     "training.allow_batch_change",
+    "training.max_bad_steps",
+    "training.max_rollbacks",
 }
 """Settings that a resumed run may change; sampling.* too. All others would make it another experiment."""
 

@@ -341,6 +341,10 @@ class TrainingConfig(Section):
     """Checkpoints of multiples of this step stay for good; 0 is off."""
     async_checkpoints: bool = True
     """Write in the background while training goes on, from a copy in the host's memory."""
+    max_bad_steps: int = Field(default=10, gt=0)
+    """Steps in a row with a loss or gradient that is not finite (each is skipped) that roll the run back."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """Roll-backs to the last good checkpoint, each with another data order, before the run ends."""
     allow_batch_change: bool = False
     """Let a resumed run change global_batch: it goes on at volume step * global_batch of the data order."""
 

@@ -81,6 +81,8 @@ class Engine:
                 model=network, optimizer=optimizer, config=self.settings, dist_init_required=False
             )
         self._stage0_norm: torch.Tensor | None = None  # DeepSpeed computes none there without clipping
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # `has_failed` tells
         self.partition = Partition(self.deepspeed)
         self.partition.reset_state()
         self.ema = Ema(self.partition, training)
@@ -93,17 +95,38 @@ class Engine:
         return resolved_config(self.settings, self.deepspeed._config)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """One micro step; scaled by the accumulation, reduced over ranks at its end."""
-        self.deepspeed.backward(loss)
+        """One micro step; scaled by the accumulation, reduced over ranks at its end.
+
+        A loss that is not finite makes every gradient NaN, here and with the reduction on all ranks.
+        """
+        self.deepspeed.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
 
     def step(self, learning_rate: float) -> None:
-        """After a micro step: at the end of the accumulation, one optimizer step."""
+        """After a micro step: at the end of the accumulation, one optimizer step.
+
+        Where the global gradient norm is not finite, no rank takes it and nothing moves. DeepSpeed sees to that,
+        except in fp32 at stage 0: there it is told that the accumulation goes on, with its gradients gone.
+        """
         for group in self.partition.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.training.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
             gradients = [param.grad for param in self.deepspeed.module.parameters() if param.grad is not None]
             self._stage0_norm = torch.nn.utils.get_total_norm(gradients)
+            if self.precision == "fp32" and not math.isfinite(self._stage0_norm):
+                self.deepspeed.zero_grad()
+                self.deepspeed.set_gradient_accumulation_boundary(False)
         self.deepspeed.step()
+        self.deepspeed._is_gradient_accumulation_boundary = None  # again by the count of micro steps
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the last step moved the weights; the same on all ranks."""
+        return bool(self.deepspeed.was_step_applied())
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last step was skipped and fp16's search for a loss scale does not explain it."""
+        return not self.has_stepped and not (self._scaler and self._scaler.cur_scale > self._scaler.min_scale)
 
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradients before clipping."""
