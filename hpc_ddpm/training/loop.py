@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from hpc_ddpm.checkpoint import agree_on_latest, step_of
-from hpc_ddpm.config import READING_SETTINGS, Config, DataConfig
+from hpc_ddpm.config import READING_SETTINGS, Config, DataConfig, TrainingConfig
 from hpc_ddpm.data.dataset import VolumeDataset
 from hpc_ddpm.data.pool import Progress
 from hpc_ddpm.data.stage import stage
@@ -27,8 +28,13 @@ from hpc_ddpm.training.feed import Feed
 from hpc_ddpm.training.guards import DivergedError, SpikeDetector, StepGuard, count_rollbacks, roll_back
 from hpc_ddpm.training.memory import settle_memory
 from hpc_ddpm.training.meter import Meter
+from hpc_ddpm.training.previews import Previews
+from hpc_ddpm.training.profiling import DATA, OPTIMIZER, Profiler
+from hpc_ddpm.training.profiling import FOLDER as PROFILE
 from hpc_ddpm.training.saver import Saver
+from hpc_ddpm.training.validation import Validation
 
+START_FILE = "start.json"
 OnLog = Callable[[int, Mapping[str, float]], None]
 
 
@@ -54,8 +60,8 @@ def train(
 
     Args:
         config: complete; `data.path` names the packed dataset.
-        run_dir: takes metrics, TensorBoard files, `deepspeed.json`, the choice of `activation_checkpointing=auto`
-            and checkpoints.
+        run_dir: takes metrics, TensorBoard files, previews, `deepspeed.json`, `start.json`, the choice of
+            `activation_checkpointing=auto` and checkpoints.
         ranks: as detected.
         device: of this rank.
         on_log: called on rank 0 after every step, with the numbers of the step where they were logged.
@@ -103,20 +109,28 @@ def _train_from(
     step = start = step_of(folder) if folder else 0
     stopped_by = 0
     schedule = build_schedule(config.diffusion).to(device)
-    meter = Meter(training.global_batch, ranks, device)
     guard = StepGuard(training.max_bad_steps, start, tell=ranks.is_main)
     spikes = SpikeDetector()
+    packed = dataset.packed.path
+    validation = Validation(config, packed, ranks, device) if training.validate_every_steps else None
+    previews = Previews(config, packed, run_dir, ranks, device) if training.preview_every_steps else None
     with ExitStack() as stack:
         engine = stack.enter_context(closing(Engine(config, ranks, device, folder)))
         if ranks.is_main:
             settings = {"given": engine.settings, "resolved": engine.resolved_settings}
             write_json(run_dir / "deepspeed.json", settings, indent=2)
+            if folder is None:
+                write_json(run_dir / START_FILE, engine.start_report, indent=2)
         log = stack.enter_context(closing(RunLog(run_dir, is_main=ranks.is_main, start_step=start)))
         saver = stack.enter_context(closing(Saver(run_dir / "checkpoints", training, ranks, device)))
+        steps = training.profile_steps if ranks.is_main else None
+        profiler = stack.enter_context(closing(Profiler(steps, run_dir / PROFILE, engine.deepspeed.module, device)))
         feed = Feed(config, dataset, start, count_rollbacks(run_dir, ranks), ranks, device, stop)
+        meter = Meter(training.global_batch, ranks, device)
         while step < training.num_steps and not stopped_by:
             rate = learning_rate(training, step)
-            loss = _one_step(engine, feed, config, schedule, step, rate, meter)
+            with profiler.step(step - start + 1):
+                loss = _one_step(engine, feed, config, schedule, step, rate, meter)
             if engine.has_stepped and (step + 1) % training.ema_every_steps == 0:
                 engine.ema.update()
             step += 1
@@ -128,10 +142,11 @@ def _train_from(
             except DivergedError:
                 saver.finish()
                 raise
+            seen = {} if stopped_by else _look(engine, validation, previews, training, step, log, meter)
             is_last = step == training.num_steps or bool(stopped_by)
             is_save = is_last or (step % training.checkpoint_every_steps == 0 and not guard.bad_in_a_row)
-            if is_save or step % training.log_every_steps == 0:  # no step of a checkpoint is missing in the log
-                extra = {
+            if is_save or seen or step % training.log_every_steps == 0:  # no step of a checkpoint is missing in the log
+                extra = seen | {
                     "learning_rate": rate,
                     "gradient_norm": engine.gradient_norm(),
                     "skipped_steps": guard.take_skipped(),
@@ -156,14 +171,36 @@ def _one_step(
     losses = []
     off_value = config.data.labels.off_value
     for micro_step in range(feed.accumulation):
-        with meter.waiting():
-            batch = feed.read()
-        x_start, condition, draw = feed.prepare(batch, step, micro_step)
+        with record_function(DATA):
+            with meter.waiting():
+                batch = feed.read()
+            x_start, condition, draw = feed.prepare(batch, step, micro_step)
         loss = training_loss(engine.deepspeed, x_start, condition, draw, schedule, config.diffusion, off_value).mean()
         engine.backward(loss)
-        engine.step(rate)
+        with record_function(OPTIMIZER):
+            engine.step(rate)
         losses.append(loss.detach())
     return torch.stack(losses).mean()
+
+
+def _look(
+    engine: Engine,
+    validation: Validation | None,
+    previews: Previews | None,
+    training: TrainingConfig,
+    step: int,
+    log: RunLog,
+    meter: Meter,
+) -> dict[str, float]:
+    """Validate and sample, where this step is due; what came of it."""
+    seen: dict[str, float] = {}
+    if validation and step % training.validate_every_steps == 0:
+        with meter.apart("validation_s"):
+            seen |= validation.measure(engine)
+    if previews and step % training.preview_every_steps == 0:
+        with meter.apart("preview_s"):
+            seen |= previews.make(engine, step, log)
+    return seen
 
 
 def agree_with_packed(data: DataConfig) -> DataConfig:

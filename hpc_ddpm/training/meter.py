@@ -36,6 +36,8 @@ class Meter:
     @contextmanager
     def apart(self, name: str) -> Iterator[None]:
         """Context in which time does not count as training; it is logged under `name`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the training that is still under way is not part of it
         began = time.perf_counter()
         yield
         self._apart_s[name] += time.perf_counter() - began  # type: ignore[assignment]  # a Counter of seconds

@@ -48,7 +48,11 @@ def run_spoilt(torchrun: Torchrun, packed: Path, jobs: dict[Path, tuple[list[str
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint: weights, averages, moments."""
     reader = PieceReader(run / f"checkpoints/step_{step:08d}")
-    return {f"{kind}/{name}": tensor for kind in reader.kinds for name, tensor in reader.full(kind).items()}
+    keys = [key.split("/", 1) for key in reader._where]
+    return {
+        f"{kind}/{name}": reader.read(kind, name, 0, math.prod(reader.shapes[name])).reshape(reader.shapes[name])
+        for kind, name in keys
+    }
 
 
 @pytest.mark.slow
@@ -57,6 +61,8 @@ def test_a_bad_step_moves_nothing(torchrun: Torchrun, tiny_packed: Path, tmp_pat
     """The last step is spoilt on rank 1 alone, by its loss, or by a gradient under a finite loss."""
     jobs, lasts = {}, {}
     for way, settings in WAYS.items():
+        if kind == "gradient" and way.endswith(("clip", "offload")):
+            continue
         last = lasts[tmp_path / way] = 8 if "fp16" in way else 3  # fp16 looks for its loss scale first
         steps = [f"training.num_steps={last}", f"training.checkpoint_every_steps={last - 1}"]
         jobs[tmp_path / way] = [*settings, *steps], {"kind": kind, "rank": 1, "steps": [last]}
