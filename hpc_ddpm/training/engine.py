@@ -18,7 +18,7 @@ import torch
 from hpc_ddpm.checkpoint import Piece, PieceReader, read_manifest
 from hpc_ddpm.config import Config, TrainingConfig
 from hpc_ddpm.diffusion.gaussian import Model
-from hpc_ddpm.distributed import Ranks, resolve_precision
+from hpc_ddpm.distributed import Ranks, all_or_none, resolve_precision
 from hpc_ddpm.errors import CheckpointError
 from hpc_ddpm.model.initial import initial_tensors
 from hpc_ddpm.model.unet3d import build_unet
@@ -74,7 +74,7 @@ class Engine:
             sharded = deepspeed.zero.Init(config_dict_or_path=self.settings, enabled=training.zero_stage == 3)
             with sharded:
                 network = build_unet(config).train()
-            start = start_from(config) if reader is None and training.init_from else None
+            start = all_or_none(partial(start_from, config)) if reader is None and training.init_from else None
             if reader is not None:
                 _fill(network, _stored(reader), ranks.rank)
             else:

@@ -112,8 +112,11 @@ def _train_from(
     guard = StepGuard(training.max_bad_steps, start, tell=ranks.is_main)
     spikes = SpikeDetector()
     packed = dataset.packed.path
-    validation = Validation(config, packed, ranks, device) if training.validate_every_steps else None
-    previews = Previews(config, packed, run_dir, ranks, device) if training.preview_every_steps else None
+    validation, previews = None, None
+    if training.validate_every_steps:
+        validation = all_or_none(partial(Validation, config, packed, ranks, device))
+    if training.preview_every_steps:
+        previews = all_or_none(partial(Previews, config, packed, run_dir, ranks, device))
     with ExitStack() as stack:
         engine = stack.enter_context(closing(Engine(config, ranks, device, folder)))
         if ranks.is_main:

@@ -13,7 +13,7 @@ import torch
 
 from hpc_ddpm.config import load_config
 from hpc_ddpm.distributed import detect_ranks, process_group
-from hpc_ddpm.errors import HpcDdpmError
+from hpc_ddpm.errors import TrainingError
 from hpc_ddpm.training import engine, loop
 from hpc_ddpm.training.meter import peak_memory_gib
 
@@ -60,6 +60,6 @@ if __name__ == "__main__":
             spoil(job.get("harm") or {"rank": -1}, ranks.rank)
             try:
                 loop.train(load_config(job.get("preset"), job["overrides"]).config, run, ranks, device)
-            except HpcDdpmError as error:
+            except TrainingError as error:
                 (run / f"error-{ranks.rank}.txt").write_text(f"{type(error).__name__}: {error}")
             (run / f"peak-{ranks.rank}.txt").write_text(str(peak_memory_gib(device)))
