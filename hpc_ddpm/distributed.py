@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+FAILED = 1000
+"""Above every signal number."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 KNOWN_BAD_CUDNN = range(90_800, 91_100)
 """bf16 conv3d gives wrong results in these cuDNN versions (pytorch#163539)."""
@@ -346,6 +348,8 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.failure: HpcDdpmError | None = None
+        """What keeps this rank from going on; `agreed` raises it on all ranks."""
         self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> StopFlag:
@@ -363,10 +367,21 @@ class StopFlag:
         self.signal = number
 
     def agreed(self, device: torch.device) -> int:
-        """The largest signal number that any rank has seen, 0 for none; a collective."""
+        """The largest signal number that any rank has seen, 0 for none; a collective.
+
+        Raises:
+            HpcDdpmError: the first rank's `failure`, on every rank.
+        """
         import torch
         import torch.distributed as dist
 
-        flag = torch.tensor(self.signal or 0, dtype=torch.int32, device=device)
+        mine = FAILED if self.failure else self.signal or 0
+        flag = torch.tensor(mine, dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if int(flag) == FAILED:
+            all_or_none(self._fail)
         return int(flag)
+
+    def _fail(self) -> None:
+        if self.failure:
+            raise self.failure

@@ -27,3 +27,9 @@ class CheckpointError(HpcDdpmError):
 
 class ClusterError(HpcDdpmError):
     """The process group, the scheduler or the environment of the ranks is not as needed."""
+
+
+class TrainingError(HpcDdpmError):
+    """Training diverged and cannot go on by itself."""
+
+    is_on_all_ranks = True

@@ -92,6 +92,16 @@ class RunLog:
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
 
+    def image(self, step: int, name: str, png: bytes) -> None:
+        """Show a PNG in TensorBoard."""
+        if self._writer is None:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        width, height = (int.from_bytes(png[start : start + 4]) for start in (16, 20))  # of its IHDR chunk
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
     def close(self) -> None:
         """Flush to disk."""
         if self._file is not None and self._writer is not None:

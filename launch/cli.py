@@ -80,6 +80,11 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run directory; the same command resumes it.")],
     config: ConfigOption = None,
     data: Annotated[Path | None, typer.Option("--data", help="Packed dataset (data.path).")] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option("--from", help="Run or imported weights to start from; without --config, also its settings."),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time of steps 3 to 5 goes.")] = False,
     overrides: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
@@ -87,6 +92,12 @@ def train(
     from launch.stages import train_stage
 
     settings = [*(overrides or []), *([f"data.path={data.resolve()}"] if data else [])]
+    if init_from:
+        settings.append(f"training.init_from={init_from.resolve()}")
+        stored = init_from / "config.json"
+        config = config or (str(stored) if stored.is_file() else None)
+    if profile:
+        settings.append("training.profile_steps=[3,5]")
     raise typer.Exit(train_stage(out, config, settings, show_progress=not quiet))
 
 

@@ -33,6 +33,11 @@ MAY_CHANGE = {
     "training.reduce_bucket_size",
     "training.overlap_comm",
     "training.log_every_steps",
+    "training.profile_steps",
+    "training.validate_every_steps",
+    "training.validation_volumes",
+    "training.preview_every_steps",
+    "training.preview_volumes",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
     "training.keep_every_steps",
@@ -41,6 +46,8 @@ MAY_CHANGE = {
     "training.offload_optimizer",
     "training.offload_parameters",
     "training.allow_batch_change",
+    "training.max_bad_steps",
+    "training.max_rollbacks",
 }
 """Settings that a resumed run may change; sampling.* too. All others would make it another experiment."""
 
@@ -102,7 +109,9 @@ def _tell_packed(report: PackReport, ranks: Ranks) -> None:
 
 def train_stage(run_dir: Path, source: str | None, overrides: Sequence[str], show_progress: bool) -> int:
     """`hpc-ddpm train`; returns the exit code: 0 done, 128 + signal when stopped by one."""
-    from hpc_ddpm.training.loop import train
+    from hpc_ddpm.training.finetune import start_line
+    from hpc_ddpm.training.loop import START_FILE, train
+    from hpc_ddpm.training.profiling import FOLDER as PROFILE
 
     ranks = detect_ranks()
     config = resume_config(run_dir, source, overrides)
@@ -124,6 +133,10 @@ def train_stage(run_dir: Path, source: str | None, overrides: Sequence[str], sho
     if ranks.is_main:
         if config.model.activation_checkpointing == "auto":
             print(_chosen(run_dir))
+        if config.training.profile_steps and (run_dir / PROFILE / "where.txt").is_file():
+            print((run_dir / PROFILE / "where.txt").read_text(encoding="utf-8"))
+        if config.training.init_from or config.training.freeze:
+            print(start_line(json.loads((run_dir / START_FILE).read_text(encoding="utf-8"))))
         print(_outcome(result.step, total, result.resumed_from, result.stopped_by, run_dir))
     return 128 + result.stopped_by if result.stopped_by else 0
 

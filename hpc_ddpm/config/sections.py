@@ -334,6 +334,16 @@ class TrainingConfig(Section):
     ema_power_sigmas: Numbers = ()
     """Power-function averages of these relative widths (Karras et al. 2024), called `ema_power_SIGMA`."""
     log_every_steps: int = Field(default=10, gt=0)
+    profile_steps: tuple[int, int] | None = None
+    """First and last step that rank 0 profiles, counted from 1 at every start; `train --profile` is [3, 5]."""
+    validate_every_steps: int = Field(default=0, ge=0)
+    """How often the loss on the val split is measured, with the average `ema`; 0 is never."""
+    validation_volumes: int = Field(default=32, gt=0)
+    """Volumes of the val split that are used, at most."""
+    preview_every_steps: int = Field(default=0, ge=0)
+    """How often masks of the val split are sampled, with the average `ema` and `sampling.*`; 0 is never."""
+    preview_volumes: int = Field(default=4, gt=0)
+    """Masks of the val split that are used, at most."""
     checkpoint_every_steps: int = Field(default=1000, gt=0)
     keep_checkpoints: int = Field(default=3, gt=0)
     """The newest ones that stay."""
@@ -341,6 +351,14 @@ class TrainingConfig(Section):
     """Checkpoints of multiples of this step stay for good; 0 is off."""
     async_checkpoints: bool = True
     """Write in the background while training goes on, from a copy in the host's memory."""
+    init_from: str = ""
+    """Run or weights folder that training starts from, also with other modalities and labels; `train --from`."""
+    freeze: Names = ()
+    """Parameters or modules that stay as they are, by name: out, time_embed, 'input_blocks.[0-3]'."""
+    max_bad_steps: int = Field(default=10, gt=0)
+    """Steps in a row with a loss or gradient that is not finite (each is skipped) that roll the run back."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """Roll-backs to the last good checkpoint, each with another data order, before the run ends."""
     allow_batch_change: bool = False
     """Let a resumed run change global_batch: it goes on at volume step * global_batch of the data order."""
 

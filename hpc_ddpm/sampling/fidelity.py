@@ -1,11 +1,6 @@
 """How well a volume follows its mask: a Dice score that costs little beside making the volume. C D H W.
 
-`background` needs no training. Where the label scheme covers the whole brain (a label `brain`, or
-`data.labels.foreground_label`), the mask is by its definition all that is above background, so
-
-    fidelity = Dice({some modality > -0.9}, {mask > 0})
-
-The threshold lies 1/20 of the range [-1, 1] above the background, which is exactly -1 in the data.
+`background` needs no training, see `data/fidelity.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import Config
+from hpc_ddpm.data.fidelity import background_fidelity, dice
 from hpc_ddpm.data.labels import covers_foreground
 from hpc_ddpm.errors import ConfigError
 
-BACKGROUND_BELOW = -0.9
 BUNDLE_MODEL = Path("models/model.ts")
 
 Fidelity = Callable[[NDArray[np.float32], NDArray[np.uint8]], float]
@@ -51,17 +46,6 @@ def build_fidelity(config: Config, device: torch.device) -> tuple[str, Fidelity]
             "cover the whole brain, so the background tells nothing; give sampling.fidelity.segmenter"
         )
     return None
-
-
-def background_fidelity(volume: NDArray[np.float32], mask: NDArray[np.uint8]) -> float:
-    """See the top of this file."""
-    return dice(volume.max(axis=0) > BACKGROUND_BELOW, mask > 0)
-
-
-def dice(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    """2 |A and B| / (|A| + |B|); 1 where both are empty."""
-    total = int(one.sum()) + int(other.sum())
-    return 2 * int((one & other).sum()) / total if total else 1.0
 
 
 def load_segmenter(config: Config, device: torch.device) -> Fidelity:

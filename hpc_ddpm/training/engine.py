@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ import torch
 
 from hpc_ddpm.checkpoint import Piece, PieceReader, read_manifest
 from hpc_ddpm.config import Config, TrainingConfig
-from hpc_ddpm.distributed import Ranks, resolve_precision
+from hpc_ddpm.diffusion.gaussian import Model
+from hpc_ddpm.distributed import Ranks, all_or_none, resolve_precision
 from hpc_ddpm.errors import CheckpointError
 from hpc_ddpm.model.initial import initial_tensors
 from hpc_ddpm.model.unet3d import build_unet
 from hpc_ddpm.training.deepspeed_config import deepspeed_config, resolved_config
 from hpc_ddpm.training.ema import Ema
+from hpc_ddpm.training.finetune import freeze, start_from
 from hpc_ddpm.training.partitions import STATE_KEYS, Partition, own_part, whole_shape
 
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -49,10 +51,12 @@ def import_deepspeed(device: torch.device) -> Any:
 class Engine:
     """The network under DeepSpeed, with its EMA; everything a checkpoint needs, in and out.
 
-    It starts at `checkpoint`, written at any world size and stage, or else at weights that follow from the seed.
+    It starts at `checkpoint`, written at any world size and stage, or else at `training.init_from`, or at weights that
+    follow from the seed.
 
     Raises:
-        CheckpointError: the checkpoint is of another network or lacks a tensor.
+        CheckpointError: the checkpoint, or what it starts from, is of another network or lacks a tensor.
+        ConfigError: `training.freeze` names nothing, or everything.
     """
 
     def __init__(self, config: Config, ranks: Ranks, device: torch.device, checkpoint: Path | None = None) -> None:
@@ -70,7 +74,12 @@ class Engine:
             sharded = deepspeed.zero.Init(config_dict_or_path=self.settings, enabled=training.zero_stage == 3)
             with sharded:
                 network = build_unet(config).train()
-            _fill(network, _initial(config) if reader is None else _stored(reader), ranks.rank)
+            start = all_or_none(partial(start_from, config)) if reader is None and training.init_from else None
+            if reader is not None:
+                _fill(network, _stored(reader), ranks.rank)
+            else:
+                _fill(network, _whole(start.tensors.items() if start else initial_tensors(config)), ranks.rank)
+            freeze(network, training.freeze)
             kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
             parameters = [param for param in network.parameters() if param.requires_grad]
             # lr 0: should DeepSpeed take a step of its own to create the state, it must not move anything
@@ -81,7 +90,15 @@ class Engine:
                 model=network, optimizer=optimizer, config=self.settings, dist_init_required=False
             )
         self._stage0_norm: torch.Tensor | None = None  # DeepSpeed computes none there without clipping
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # `has_failed` tells
         self.partition = Partition(self.deepspeed)
+        self._frozen = {name: param for name, param in network.named_parameters() if not param.requires_grad}
+        self.start_report = {
+            **(start.report if start else {}),
+            "parameters": sum(math.prod(whole_shape(param)) for param in network.parameters()),
+            "frozen_parameters": sum(math.prod(whole_shape(param)) for param in self._frozen.values()),
+        }
         self.partition.reset_state()
         self.ema = Ema(self.partition, training)
         if reader is not None:
@@ -93,17 +110,55 @@ class Engine:
         return resolved_config(self.settings, self.deepspeed._config)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """One micro step; scaled by the accumulation, reduced over ranks at its end."""
-        self.deepspeed.backward(loss)
+        """One micro step; scaled by the accumulation, reduced over ranks at its end.
+
+        A loss that is not finite makes every gradient NaN, here and with the reduction on all ranks.
+        """
+        self.deepspeed.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
 
     def step(self, learning_rate: float) -> None:
-        """After a micro step: at the end of the accumulation, one optimizer step."""
+        """After a micro step: at the end of the accumulation, one optimizer step.
+
+        Where the global gradient norm is not finite, no rank takes it and nothing moves. DeepSpeed sees to that,
+        except in fp32 at stage 0: there it is told that the accumulation goes on, with its gradients gone.
+        """
         for group in self.partition.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.training.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
             gradients = [param.grad for param in self.deepspeed.module.parameters() if param.grad is not None]
             self._stage0_norm = torch.nn.utils.get_total_norm(gradients)
+            if self.precision == "fp32" and not math.isfinite(self._stage0_norm):
+                self.deepspeed.zero_grad()
+                self.deepspeed.set_gradient_accumulation_boundary(False)
         self.deepspeed.step()
+        self.deepspeed._is_gradient_accumulation_boundary = None  # again by the count of micro steps
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the last step moved the weights; the same on all ranks."""
+        return bool(self.deepspeed.was_step_applied())
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last step was skipped and fp16's search for a loss scale does not explain it."""
+        return not self.has_stepped and not (self._scaler and self._scaler.cur_scale > self._scaler.min_scale)
+
+    @contextlib.contextmanager
+    def averaged(self, name: str = "ema") -> Iterator[Model]:
+        """Context in which the network holds one of its averages, in eval mode and without gradients; a collective.
+
+        All ranks evaluate it equally often, as ZeRO-3 gathers the weights anew each time. Afterwards every weight is
+        bitwise what it was.
+        """
+        average = self.ema.averages[name]
+        self.partition.exchange(average)
+        self.deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield self.deepspeed
+        finally:
+            self.deepspeed.train()
+            self.partition.exchange(average)
 
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradients before clipping."""
@@ -130,11 +185,23 @@ class Engine:
         """What this rank owns of weights, moments and averages; views into the live tensors."""
         if not self.partition.owned:
             return []
-        return [
+        return [*self._frozen_pieces(), *self._trained_pieces()]
+
+    def _trained_pieces(self) -> Iterator[Piece]:
+        return (
             Piece(kind, fragment.name, fragment.shape, fragment.start, self.partition.view(tensors, fragment))
             for kind, tensors in self._tensors().items()
             for fragment in self.partition.fragments
-        ]
+        )
+
+    def _frozen_pieces(self) -> Iterator[Piece]:
+        """Of weights and averages, which are the same; whole on rank 0, or each rank's shard."""
+        is_sharded = self.training.zero_stage == 3
+        for name, parameter in self._frozen.items() if is_sharded or self.ranks.is_main else ():
+            part, start = own_part(parameter, self.ranks.rank)
+            for kind in ("master", *self.ema.averages):
+                if part.numel():
+                    yield Piece(kind, name, whole_shape(parameter), start, part.float())
 
     @property
     def _scaler(self) -> Any:
@@ -161,8 +228,8 @@ class Engine:
                 self.partition.view(tensors, fragment).copy_(values)
 
 
-def _initial(config: Config) -> Tensors:
-    for name, tensor in initial_tensors(config):
+def _whole(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
+    for name, tensor in tensors:
         yield name, tuple(tensor.shape), partial(tensor.flatten().narrow, 0)
 
 

@@ -6,8 +6,9 @@ The optimizer, the EMA and the checkpoint all work on these fragments, so none o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,16 +41,21 @@ class Partition:
         names = {id(param): name for name, param in engine.module.named_parameters()}
         stage = engine.zero_optimization_stage()
         self.owned = stage > 0 or engine.global_rank == 0
+        self._refresh: Callable[[], None]
         if stage == 3:
             self.flats, found = _stage3(engine.optimizer, names)
+            self._refresh = partial(_refresh_stage3, engine.optimizer)
         elif hasattr(engine.optimizer, "bf16_groups"):
+            self._refresh = engine.optimizer.update_lp_params
             self.flats = engine.optimizer.fp32_groups_flat_partition
             found = _mapped(engine.optimizer.bf16_groups, names)
         elif hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+            self._refresh = engine.optimizer.update_lp_params
             self.flats = engine.optimizer.single_partition_of_fp32_groups
             found = _mapped(engine.optimizer.bit16_groups, names)
         else:
             self.flats, found = _stage0(engine, names)
+            self._refresh = partial(_refresh_stage0, engine.optimizer)
         self.fragments: list[Fragment] = list(found)
 
     def view(self, tensors: list[torch.Tensor], fragment: Fragment) -> torch.Tensor:
@@ -59,6 +65,15 @@ class Partition:
     def clone(self) -> list[torch.Tensor]:
         """Copies of the flats, for an average over time."""
         return [flat.detach().clone() for flat in self.flats]
+
+    @torch.no_grad()
+    def exchange(self, tensors: list[torch.Tensor]) -> None:
+        """Swap the masters with tensors laid out like `flats`, and round them into the network; a collective."""
+        for flat, other in zip(self.flats, tensors, strict=True):
+            kept = flat.detach().clone()
+            flat.copy_(other)
+            other.copy_(kept)
+        self._refresh()
 
     def state(self, key: str) -> list[torch.Tensor]:
         """An optimizer moment (`exp_avg`, `exp_avg_sq`), laid out like `flats`."""
@@ -131,3 +146,20 @@ def _stage0(engine: Any, names: dict[int, str]) -> tuple[list[torch.Tensor], Ite
         for index, (param, _) in enumerate(pairs)
     )
     return [master for _, master in pairs], fragments
+
+
+def _refresh_stage3(optimizer: Any) -> None:
+    """As at the end of DeepSpeed's step: shards from masters, and whole copies of the small parameters."""
+    optimizer._partition_all_parameters()
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _refresh_stage0(wrapper: Any) -> None:
+    """The network's half precision parameters from their masters; in fp32 they are the same."""
+    if hasattr(wrapper, "fp32_groups"):
+        for halves, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for half, master in zip(halves, masters, strict=True):
+                half.copy_(master)

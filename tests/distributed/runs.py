@@ -1,15 +1,21 @@
-"""Runs several trainings in one process group: `torchrun … runs.py PLAN.json`; each is {run, overrides, preset}."""
+"""Runs several trainings in one process group: `torchrun … runs.py PLAN.json`; each is {run, overrides, preset, harm}.
+
+`harm` spoils the micro steps of one rank: {kind: loss | gradient, rank, steps}, steps counted as they are executed.
+"""
 
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hpc_ddpm.config import load_config
 from hpc_ddpm.distributed import detect_ranks, process_group
-from hpc_ddpm.training import engine
-from hpc_ddpm.training.loop import peak_memory_gib, train
+from hpc_ddpm.errors import TrainingError
+from hpc_ddpm.training import engine, loop
+from hpc_ddpm.training.meter import peak_memory_gib
 
 
 def allow_fp16_on_cpu() -> None:
@@ -20,6 +26,30 @@ def allow_fp16_on_cpu() -> None:
     engine.import_deepspeed(torch.device("cpu")).accelerator.get_accelerator().is_fp16_supported = lambda: True
 
 
+TRAINING_LOSS, ONE_STEP = loop.training_loss, loop._one_step
+
+
+def spoil(harm: dict[str, Any], rank: int) -> None:
+    """From now on, the steps of `harm` have a loss, or only gradients, that are not finite."""
+    executed = 0
+
+    def one_step(*arguments: Any) -> torch.Tensor:
+        nonlocal executed
+        executed += 1
+        return ONE_STEP(*arguments)
+
+    def training_loss(*arguments: Any) -> torch.Tensor:
+        loss = TRAINING_LOSS(*arguments)
+        if rank != harm["rank"] or executed not in harm["steps"]:
+            return loss
+        if harm["kind"] == "loss":
+            return loss + math.inf  # its gradients are finite
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    loop.training_loss, loop._one_step = training_loss, one_step
+
+
 if __name__ == "__main__":
     ranks = detect_ranks()
     with process_group(ranks) as device:
@@ -27,5 +57,9 @@ if __name__ == "__main__":
             run = Path(job["run"])
             if "training.precision=fp16" in job["overrides"] and device.type == "cpu":
                 allow_fp16_on_cpu()
-            train(load_config(job.get("preset"), job["overrides"]).config, run, ranks, device)
+            spoil(job.get("harm") or {"rank": -1}, ranks.rank)
+            try:
+                loop.train(load_config(job.get("preset"), job["overrides"]).config, run, ranks, device)
+            except TrainingError as error:
+                (run / f"error-{ranks.rank}.txt").write_text(f"{type(error).__name__}: {error}")
             (run / f"peak-{ranks.rank}.txt").write_text(str(peak_memory_gib(device)))

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from hpc_ddpm.config import load_config
+from hpc_ddpm.data.fidelity import background_fidelity, dice
 from hpc_ddpm.data.nifti import read_nifti
 from hpc_ddpm.errors import ConfigError
-from hpc_ddpm.sampling.fidelity import background_fidelity, build_fidelity, dice, load_segmenter
+from hpc_ddpm.sampling.fidelity import build_fidelity, load_segmenter
 from tests.sampling.conftest import QUICK
 
 CPU = torch.device("cpu")

@@ -37,7 +37,18 @@ def picture(
     labels: LabelsConfig,
     height: int,
 ) -> bytes:
-    """PNG of axial, coronal and sagittal planes, one row per volume, through the largest piece of the rarest label.
+    """PNG of `draw`; same arguments."""
+    return encode_png(draw(volumes, mask, voxel_size_mm, labels, height), labels)
+
+
+def draw(
+    volumes: Sequence[NDArray[Any]],
+    mask: NDArray[np.uint8] | None,
+    voxel_size_mm: tuple[float, float, float],
+    labels: LabelsConfig,
+    height: int,
+) -> Pixels:
+    """Axial, coronal and sagittal planes, one row per volume, through the largest piece of the rarest label.
 
     Args:
         volumes: (D, H, W) each, RAS+, of one shape.
@@ -51,7 +62,18 @@ def picture(
     centre = lesion_centre(whole)
     channel = {label: GREYS + i for i, label in enumerate(list(colours(labels))[: 256 - GREYS])}
     rows = [_row(volume, whole, centre, plane_sizes_mm(shape, voxel_size_mm), channel, height) for volume in volumes]
-    return _png(np.vstack(rows), list(colours(labels).values())[: 256 - GREYS])
+    return np.vstack(rows)
+
+
+def stack(pictures: Sequence[Pixels]) -> Pixels:
+    """One below the other, to one width."""
+    width = max(picture.shape[1] for picture in pictures)
+    return np.vstack([np.pad(picture, ((0, 2), (0, width - picture.shape[1]))) for picture in pictures])
+
+
+def encode_png(pixels: Pixels, labels: LabelsConfig) -> bytes:
+    """What `draw` drew, in the colours of the labels."""
+    return _png(pixels, list(colours(labels).values())[: 256 - GREYS])
 
 
 def _row(

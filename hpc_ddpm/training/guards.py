@@ -1,0 +1,140 @@
+"""Against runs that go wrong: steps that are skipped, roll-backs, and a look-out for spikes of the loss.
+
+A loss that is not finite makes all its gradients NaN (`Engine.backward`), the reduction carries that to every rank,
+and DeepSpeed takes no step where the global gradient norm is not finite. So all ranks skip together, know it without
+another message, and nothing has moved: no weight, no moment, no average.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import warnings
+from collections import deque
+from pathlib import Path
+
+from hpc_ddpm.checkpoint import agree_on_latest, step_dirs, step_of
+from hpc_ddpm.config import TrainingConfig
+from hpc_ddpm.distributed import Ranks, broadcast_object
+from hpc_ddpm.errors import TrainingError
+from hpc_ddpm.files import write_json
+
+ROLLBACKS = "rollbacks.json"
+SPIKE_SCORE = 10.0
+SPIKE_WINDOW = 200
+SPIKE_MIN_LOSSES = 30
+TO_STANDARD_DEVIATION = 1.4826
+"""Of the median absolute deviation, for normal values."""
+
+
+class DivergedError(Exception):
+    """Too many skipped steps in a row; never leaves `train`."""
+
+    def __init__(self, step: int, last_good_step: int) -> None:
+        super().__init__(f"diverged at step {step}")
+        self.step, self.last_good_step = step, last_good_step
+
+
+class StepGuard:
+    """Counts skipped steps; every rank sees the same."""
+
+    def __init__(self, max_bad_steps: int, start: int, *, tell: bool) -> None:
+        self.max_bad_steps, self.tell = max_bad_steps, tell
+        self.last_good_step = start
+        """Whose gradients were finite: the weights before it were sound."""
+        self.bad_in_a_row = 0
+        self._skipped = 0
+
+    def saw(self, step: int, *, is_bad: bool) -> None:
+        """Take note of a step.
+
+        Raises:
+            DivergedError: it is the last of `max_bad_steps` bad ones in a row.
+        """
+        if not is_bad:
+            self.last_good_step, self.bad_in_a_row = step, 0
+            return
+        self.bad_in_a_row += 1
+        self._skipped += 1
+        if self.tell and self.bad_in_a_row == 1:
+            warnings.warn(f"step {step} skipped on all ranks: its loss or gradient is not finite", stacklevel=2)
+        if self.bad_in_a_row >= self.max_bad_steps:
+            raise DivergedError(step, self.last_good_step)
+
+    def take_skipped(self) -> int:
+        """Steps skipped since the last call."""
+        skipped, self._skipped = self._skipped, 0
+        return skipped
+
+
+def count_rollbacks(run_dir: Path, ranks: Ranks) -> int:
+    """How often the run was rolled back; a collective."""
+    return broadcast_object(len(_read(run_dir)) if ranks.is_main else 0)
+
+
+def roll_back(run_dir: Path, diverged: DivergedError, training: TrainingConfig, ranks: Ranks) -> Path | None:
+    """The newest checkpoint whose weights have taken a good step since, or None for the start; a collective.
+
+    Newer ones are set aside as `step_N.diverged-K`. The roll-back is on record in `rollbacks.json` before anything
+    changes: its number decides the order of the data.
+
+    Raises:
+        TrainingError: it would be more than `max_rollbacks`.
+    """
+    num_before = count_rollbacks(run_dir, ranks)
+    if num_before >= training.max_rollbacks:
+        raise TrainingError(
+            f"{run_dir}: {training.max_bad_steps} steps up to {diverged.step} had no finite loss or gradient, after "
+            f"{num_before} roll-backs (training.max_rollbacks); check the data (`hpc-ddpm verify`), or start a new run "
+            "with a lower training.learning_rate or training.gradient_clip=1"
+        )
+    root = run_dir / "checkpoints"
+    if ranks.is_main:
+        row = {"diverged_at": diverged.step, "last_good_step": diverged.last_good_step}
+        write_json(run_dir / ROLLBACKS, [*_read(run_dir), row], indent=2)
+        for folder in step_dirs(root):
+            if step_of(folder) >= diverged.last_good_step:
+                folder.rename(folder.with_name(f"{folder.name}.diverged-{num_before + 1}"))
+    target = agree_on_latest(root, ranks)
+    if ranks.is_main:
+        warnings.warn(
+            f"{training.max_bad_steps} steps in a row were not finite: back from step {diverged.step} to "
+            f"{step_of(target) if target else 0} with another data order (roll-back {num_before + 1} of "
+            f"{training.max_rollbacks})",
+            stacklevel=2,
+        )
+    return target
+
+
+def _read(run_dir: Path) -> list[dict[str, int]]:
+    path = run_dir / ROLLBACKS
+    rows: list[dict[str, int]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return rows
+
+
+class SpikeDetector:
+    """How far a loss lies above the median of those before it, in robust standard deviations. It changes nothing."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+
+    def score(self, loss: float) -> float:
+        """Deviations of this loss from the last ones, then one of them; 0 while there are few, or it is not finite."""
+        if not math.isfinite(loss):
+            return 0.0
+        score = 0.0
+        if len(self._losses) >= SPIKE_MIN_LOSSES:
+            median = statistics.median(self._losses)
+            deviation = statistics.median(abs(other - median) for other in self._losses)
+            score = (loss - median) / max(TO_STANDARD_DEVIATION * deviation, 1e-12)
+        self._losses.append(loss)
+        return score
+
+    def watch(self, step: int, loss: float) -> dict[str, float]:
+        """`{"loss_spike": score}` with a warning where the score is above SPIKE_SCORE, else nothing."""
+        score = self.score(loss)
+        if score <= SPIKE_SCORE:
+            return {}
+        warnings.warn(f"step {step}: loss {loss:.4g} is {score:.0f} deviations above its median", stacklevel=2)
+        return {"loss_spike": score}

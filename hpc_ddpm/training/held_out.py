@@ -1,0 +1,58 @@
+"""What training looks at besides its own samples: a few volumes of the val split, shared out among the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from hpc_ddpm.data.dataset import VolumeDataset
+from hpc_ddpm.distributed import Ranks, all_or_none
+
+
+class HeldOutVolume(NamedTuple):
+    """One volume on the device of the rank."""
+
+    number: int
+    """Among the volumes that are used, the same at any number of ranks."""
+    is_spare: bool
+    """Another rank has it too; its results are not to be used."""
+    position: int
+    """In the split."""
+    image: torch.Tensor
+    """(1, C, D, H, W) as stored."""
+    mask: torch.Tensor
+    """(1, D, H, W) uint8."""
+
+
+class HeldOut:
+    """At most `limit` volumes of the val split, spread evenly over it.
+
+    Raises:
+        DataFormatError: the val split is empty.
+    """
+
+    def __init__(self, packed: Path, limit: int, ranks: Ranks, device: torch.device) -> None:
+        self.dataset, self.ranks, self.device = VolumeDataset(packed, "val"), ranks, device
+        total = len(self.dataset)
+        self.positions = [number * total // min(limit, total) for number in range(min(limit, total))]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def mine(self) -> Iterator[HeldOutVolume]:
+        """The volumes of this rank; equally many on every rank, because ZeRO-3 needs all of them. A collective.
+
+        Raises:
+            DataFormatError: damaged; on all ranks.
+        """
+        for turn in range(math.ceil(len(self) / self.ranks.world_size)):
+            turn_number = turn * self.ranks.world_size + self.ranks.rank
+            number = turn_number % len(self)
+            item = all_or_none(partial(self.dataset.__getitem__, self.positions[number]))
+            image, mask = item["image"][None].to(self.device), item["mask"][None].to(self.device)
+            yield HeldOutVolume(number, turn_number >= len(self), self.positions[number], image, mask)
