@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,3 +52,29 @@ def data(
     if out is not None:
         write_text(out, page)
     typer.echo(page, nl=False)
+
+
+@bench_app.command("gpu-check")
+def gpu_check(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Results folder: summary.md, summary.json, a file per part.")
+    ],
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    size: Annotated[str, typer.Option(help="full: the presets themselves; small: a minute on a CPU.")] = "full",
+    minutes: Annotated[float, typer.Option(min=0.1, help="For everything; the most valuable parts come first.")] = 9.5,
+    only: Annotated[list[str] | None, typer.Option(help="Parts to run; may be repeated.")] = None,
+) -> None:
+    """Prove that this GPU computes rightly, and take every single-GPU figure. Exit code 2 if a part did not pass."""
+    from hpc_ddpm.benchmark.gpu_check.run import gpu_check as run
+    from hpc_ddpm.files import writing_to
+
+    if device not in ("cuda", "cpu") or size not in ("full", "small"):
+        raise typer.BadParameter(f"--device {device} --size {size}; use cuda or cpu, full or small")
+
+    def tell(name: str, result: dict[str, Any]) -> None:
+        typer.echo(f"{name:32} {result['status']:8} {result.get('seconds', 0):6.1f} s  {result.get('error', '')}")
+
+    with writing_to(out):
+        results = run(out, device=device, size=size, minutes=minutes, only=only or (), on_part=tell)
+    typer.echo(f"{out / 'summary.md'}")
+    raise typer.Exit(0 if all(result["status"] == "passed" for result in results.values()) else 2)
