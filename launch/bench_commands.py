@@ -54,6 +54,74 @@ def data(
     typer.echo(page, nl=False)
 
 
+Packed = Annotated[Path | None, typer.Option("--data", help="Packed dataset; else synthetic heads.")]
+Work = Annotated[
+    Path | None, typer.Option(help="Where to work; several nodes must share it. By default a temp folder.")
+]
+Price = Annotated[float | None, typer.Option(min=0, help="Of a GPU-hour, in any currency.")]
+Samples = Annotated[int, typer.Option(min=2, help="Repeats that count.")]
+
+
+@bench_app.command()
+def train(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    packed: Packed = None,
+    work: Work = None,
+    repeats: Samples = 20,
+    steps_per_repeat: Annotated[int, typer.Option(min=1, help="Optimizer steps in each.")] = 1,
+    price: Price = None,
+    json_file: JsonFile = None,
+    out: MarkdownFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time the training loop: volumes/s per GPU, MFU, memory, waiting, energy, cost. Alone or under torchrun, srun."""
+    from hpc_ddpm.config import load_config
+    from launch.bench_stages import bench_train_stage
+
+    options = {"repeats": repeats, "steps_per_repeat": steps_per_repeat, "price": price}
+    settings = load_config(config, overrides or []).config
+    _finish(bench_train_stage(settings, packed, work, options, show_progress=not quiet), json_file, out)
+
+
+@bench_app.command()
+def sample(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    packed: Packed = None,
+    work: Work = None,
+    repeats: Samples = 10,
+    volumes: Annotated[int, typer.Option(min=1, help="Per rank in each repeat.")] = 1,
+    price: Price = None,
+    json_file: JsonFile = None,
+    out: MarkdownFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time mass generation, from mask to written volume. Alone or under torchrun, srun."""
+    from hpc_ddpm.config import load_config
+    from launch.bench_stages import bench_sample_stage
+
+    options = {"repeats": repeats, "volumes": volumes, "price": price}
+    settings = load_config(config, overrides or []).config
+    _finish(bench_sample_stage(settings, packed, work, options, show_progress=not quiet), json_file, out)
+
+
+def _finish(report: dict[str, Any] | None, json_file: Path | None, out: Path | None) -> None:
+    """Write and print on rank 0, which alone has a report."""
+    from hpc_ddpm.benchmark.figures import figures_table
+    from hpc_ddpm.benchmark.record import describe
+    from hpc_ddpm.files import write_json, write_text
+
+    if report is None:
+        return
+    if json_file is not None:
+        write_json(json_file, report, indent=2)
+    page = f"{figures_table(report['rows'])}\n\n{describe(report['environment'])}\n"
+    if out is not None:
+        write_text(out, page)
+    typer.echo(page, nl=False)
+
+
 @bench_app.command("gpu-check")
 def gpu_check(
     out: Annotated[
