@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hpc_ddpm.errors import ConfigError
 from launch.options import ConfigOption, Overrides, Quiet
 
 bench_app = typer.Typer(help="Measure speed, beside what else one might use.", no_args_is_help=True)
@@ -116,10 +117,59 @@ def _finish(report: dict[str, Any] | None, json_file: Path | None, out: Path | N
         return
     if json_file is not None:
         write_json(json_file, report, indent=2)
-    page = f"{figures_table(report['rows'])}\n\n{describe(report['environment'])}\n"
+    page = f"{figures_table(report['rows'], [report['benchmark']])}\n\n{describe(report['environment'])}\n"
     if out is not None:
         write_text(out, page)
     typer.echo(page, nl=False)
+
+
+@bench_app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar="A B [A B]...", help="Reports, A and B in turn.")],
+    fail_if_slower: Annotated[
+        str | None, typer.Option(help="Exit code 2 if B is significantly slower by more than this, such as 5%.")
+    ] = None,
+) -> None:
+    """Is B slower than A? One pair is compared by its repeats, six or more pairs measured in turns pair by pair."""
+    from hpc_ddpm.benchmark.compare import compare as compare_reports
+    from hpc_ddpm.benchmark.record import read_report
+
+    limit = None if fail_if_slower is None else _share(fail_if_slower)
+    if len(files) % 2:
+        raise ConfigError(f"{len(files)} reports found, pairs expected: give A B, or A1 B1 A2 B2 ...")
+    reports = [read_report(file) for file in files]
+    found = compare_reports(list(zip(reports[::2], reports[1::2], strict=True)))
+    typer.echo(f"{found.sentence()}\nmethod: {found.method}")
+    for key, (first, second) in found.differing.items():
+        typer.echo(f"A and B differ: {key} {first} -> {second}")
+    raise typer.Exit(2 if limit is not None and found.is_slower_than(limit) else 0)
+
+
+def _share(text: str) -> float:
+    """`5%` or `0.05` to 0.05."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if value < 0:
+        raise ConfigError(f"--fail-if-slower {text}: a share such as 5% or 0.05 is expected")
+    return value
+
+
+@bench_app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Reports (--json), or a GPU check's summary.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page; the same in Markdown is written beside it.")],
+) -> None:
+    """One self-contained page of reports: figures, roofline, time, memory, and any two runs compared."""
+    from hpc_ddpm.benchmark.page import to_page
+    from hpc_ddpm.benchmark.record import read_report
+    from hpc_ddpm.files import write_text
+
+    html, markdown = to_page({str(file): read_report(file) for file in files})
+    write_text(out, html)
+    write_text(out.with_suffix(".md"), markdown)
+    typer.echo(f"{out}")
 
 
 @bench_app.command("gpu-check")

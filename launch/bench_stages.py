@@ -86,4 +86,5 @@ def _report(name: str, config: Config, row: dict[str, Any], device: Any, ranks: 
 
     if not ranks.is_main:
         return None
-    return dict(new_report(name, environment(gpu=describe_gpu(device)), {"config": config.dump()}, [row]))
+    settings = {"config": config.dump(), "config_digest": config.digest()}
+    return dict(new_report(name, environment(gpu=describe_gpu(device)), settings, [row]))

@@ -33,7 +33,7 @@ def verdict(samples: Sequence[float]) -> str:
     if len(samples) < 5:
         return f"{len(samples)} repeats are too few to compare"
     if width > NOISY:
-        return f"the middle 80 % of {len(samples)} repeats spread over {width:.0%}: smaller differences mean nothing"
+        return f"the middle 80 % of {len(samples)} repeats spread over {width:.0%}: a smaller difference may be noise"
     return f"the middle 80 % of {len(samples)} repeats lie within {width:.1%}"
 
 
@@ -74,12 +74,12 @@ def make_row(
     trace = planner.trace("none")
     model_flops = passes * (trace.flops if is_training else trace.forward_flops)
     run_flops = planner.trace(policy).flops if is_training else model_flops
-    floor_s = passes * fused_floor_s(list_operations(config, DTYPES[precision], backward=is_training), ceilings)
+    operations = list_operations(config, DTYPES[precision], backward=is_training)
+    floor_s = passes * fused_floor_s(operations, ceilings)
     width, height, depth = config.data.size
     return {
         "what": what,
         "config": config.name,
-        "config_digest": config.digest(),
         "precision": precision,
         "activation_checkpointing": policy if is_training else None,
         "channels_last": config.model.channels_last,
@@ -92,6 +92,7 @@ def make_row(
         "voxels_per_s_per_gpu": per_s * width * height * depth * config.data.num_modalities,
         "volumes_per_gpu_hour": 3600 * per_s,
         "tflop_per_volume": model_flops / 1e12,
+        "flop_per_byte": sum(each.flops for each in operations) / sum(each.num_bytes for each in operations),
         "model_tflops": model_flops * per_s / 1e12,
         "mfu": peak and model_flops * per_s / peak,
         "hfu": peak and run_flops * per_s / peak,
@@ -108,11 +109,10 @@ def make_row(
 SHARES = {"mfu", "hfu", "of_matmul_ceiling", "of_fused_floor", "data_wait_share"}
 
 
-def figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table: one line per figure, one column per run."""
+def figures_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """A Markdown table: one line per figure, one column per run, headed by its name."""
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("samples_s", "memory_gib")]
     lines = [[key.replace("_", " "), *(_cell(key, row.get(key)) for row in rows)] for key in keys]
-    names = [f"{row['what']} {row['config']}" for row in rows]
     return table(["figure", *names], [line for line in lines if any(line[1:])])
 
 
