@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,14 +70,12 @@ def make_row(
     seconds = spread(list(samples_s))
     per_s = 1 / seconds["median"]
     is_training = what == "train"
-    planner = Planner(config, 1, precision)
     passes = 1 if is_training else config.sampling.num_steps * (2 if config.sampling.guidance_scale != 1 else 1)
-    trace = planner.trace("none")
-    model_flops = passes * (trace.flops if is_training else trace.forward_flops)
-    run_flops = planner.trace(policy).flops if is_training else model_flops
     operations = list_operations(config, DTYPES[precision], backward=is_training)
+    model_flops = passes * sum(each.flops for each in operations)
+    run_flops = Planner(config, 1, precision).trace(policy).flops if is_training else model_flops
     floor_s = passes * fused_floor_s(operations, ceilings)
-    width, height, depth = config.data.size
+    shape = config.data.training_shape if is_training else config.data.spatial_shape
     return {
         "what": what,
         "config": config.name,
@@ -89,10 +88,10 @@ def make_row(
         "verdict": verdict(samples_s),
         "seconds_per_volume": seconds,
         "volumes_per_s_per_gpu": per_s,
-        "voxels_per_s_per_gpu": per_s * width * height * depth * config.data.num_modalities,
+        "voxels_per_s_per_gpu": per_s * math.prod(shape) * config.data.num_modalities,
         "volumes_per_gpu_hour": 3600 * per_s,
         "tflop_per_volume": model_flops / 1e12,
-        "flop_per_byte": sum(each.flops for each in operations) / sum(each.num_bytes for each in operations),
+        "flop_per_byte": model_flops / passes / sum(each.num_bytes for each in operations),
         "model_tflops": model_flops * per_s / 1e12,
         "mfu": peak and model_flops * per_s / peak,
         "hfu": peak and run_flops * per_s / peak,

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import flop_registry
 
 from hpc_ddpm.benchmark.device import Ceilings
 from hpc_ddpm.config import Config
-from hpc_ddpm.model.trace import example_batch, example_loss
+from hpc_ddpm.model.planner import with_policy
+from hpc_ddpm.model.trace import example_loss
 from hpc_ddpm.model.unet3d import build_unet
 
 
@@ -33,10 +34,14 @@ def list_operations(config: Config, dtype: torch.dtype, *, backward: bool) -> li
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            network = build_unet(config)
+            network = build_unet(with_policy(config, "none"))
     finally:
         torch.set_default_dtype(before)
-    batch = example_batch(config, torch.device("meta"))
+    data = config.data
+    shape = data.training_shape if backward else data.spatial_shape
+    channels = (data.num_modalities, data.num_modalities, data.num_labels)
+    x_start, noise, condition = (torch.zeros(1, count, *shape, device="meta") for count in channels)
+    batch = (x_start, noise, condition, torch.zeros(1, dtype=torch.long, device="meta"))
     with _Operations() as seen, torch.set_grad_enabled(backward):
         loss = example_loss(network, batch)
         if backward:

@@ -78,7 +78,7 @@ def random_network(config: Config) -> nn.Module:
 def synthetic_batch(config: Config, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
     """Random volumes (B, C, D, H, W) in [-1, 1] and label channels (B, K, D, H, W)."""
     generator = torch.Generator().manual_seed(config.seed)
-    shape, values = config.data.spatial_shape, [0, *config.data.labels.names]
+    shape, values = config.data.training_shape, [0, *config.data.labels.names]
     volume = torch.rand(size, config.data.num_modalities, *shape, generator=generator) * 2 - 1
     labels = torch.tensor(values, dtype=torch.uint8)[torch.randint(len(values), (size, *shape), generator=generator)]
     return volume.to(device), one_hot(labels.to(device), config.data.labels)

@@ -15,6 +15,7 @@ from hpc_ddpm.benchmark.floor import fused_floor_s, list_operations
 from hpc_ddpm.benchmark.record import read_report
 from hpc_ddpm.benchmark.train import choose_counted
 from hpc_ddpm.config import load_config
+from hpc_ddpm.model.planner import with_policy
 from hpc_ddpm.model.trace import trace_step
 from tests.conftest import TINY
 
@@ -53,6 +54,7 @@ def test_the_floor_has_all_flops_and_the_bytes_of_their_operands() -> None:
     trace = trace_step(CONFIG, torch.bfloat16)
     assert sum(each.flops for each in forward) == trace.forward_flops
     assert sum(each.flops for each in both) == trace.flops
+    assert list_operations(with_policy(CONFIG, "block"), torch.bfloat16, backward=True) == both
     endless = CEILINGS | {"copy_bytes_per_s": float("inf")}
     assert fused_floor_s(both, endless) == pytest.approx(trace.flops / 1e12)
     first = forward[2]  # after the two layers of the time embedding: 3 -> 8 channels at 16^3, kernel 3^3 and bias
@@ -84,6 +86,7 @@ def test_figures_follow_from_seconds_flops_and_peak() -> None:
     assert "samples" not in page
 
 
+@pytest.mark.slow
 def test_the_training_loop(cli: Run, tmp_path: Path) -> None:
     done = cli("bench", "train", *TINY, "--repeats", "6", "--price", "2", "-q", "--json", tmp_path / "a.json")
     assert done.returncode == 0, done.stderr

@@ -54,13 +54,13 @@ def test_noise_is_no_difference() -> None:
 
 
 def test_a_slower_run_is_told_with_what_differs() -> None:
-    found = compare([(run(1.0), run(1.2, "model.channels_last=true", seed=1))])
+    found = compare([(run(1.0, "training.zero_stage=1"), run(1.2, "training.zero_stage=2", seed=1))])
     assert found.ratio == pytest.approx(1.2, abs=0.03)
     assert found.low < 1.2 < found.high
     assert found.is_slower_than(0.05)
     assert not found.is_slower_than(0.30)
     assert found.sentence().endswith("B is slower")
-    assert found.differing == {"model.channels_last": (False, True)}
+    assert found.differing == {"training.zero_stage": (1, 2)}
     assert compare([(run(1.2), run(1.0, seed=1))]).sentence().endswith("B is faster")
 
 

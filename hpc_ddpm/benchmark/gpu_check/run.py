@@ -28,7 +28,7 @@ def gpu_check(
     *,
     device: str = "cuda",
     size: str = "full",
-    minutes: float = 9.5,
+    minutes: float = 9.0,
     only: Sequence[str] = (),
     on_part: Callable[[str, Result], None] = lambda name, result: None,
 ) -> dict[str, Result]:

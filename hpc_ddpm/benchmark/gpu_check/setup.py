@@ -65,9 +65,9 @@ class Setup:
 
 
 def relative_error(found: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
-    """|found - expected| / |expected| over all values (Euclidean, float64); NaN stays NaN."""
+    """|found - expected| / |expected| over all values (Euclidean, float64, where `found` is); NaN stays NaN."""
     found, expected = ([each] if isinstance(each, Tensor) else each for each in (found, expected))
-    pairs = [(a.detach().double().cpu(), b.detach().double().cpu()) for a, b in zip(found, expected, strict=True)]
+    pairs = [(a.detach().double(), b.detach().to(a.device).double()) for a, b in zip(found, expected, strict=True)]
     difference = sum(float((a - b).square().sum()) for a, b in pairs)
     return float((difference / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5)
 
