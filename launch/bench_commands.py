@@ -124,6 +124,23 @@ def _finish(report: dict[str, Any] | None, json_file: Path | None, out: Path | N
 
 
 @bench_app.command()
+def tune(
+    out: Annotated[Path, typer.Option("--out", "-o", help="YAML with the best settings, for `train --config`.")],
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="That the settings are for; one is measured here.")] = 1,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB to stay within; by default what is free.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find the fastest activation checkpointing, layout and micro batch that fit into this device's memory."""
+    from hpc_ddpm.config import load_config
+    from launch.bench_stages import tune_stage
+
+    settings = load_config(config, overrides or []).config
+    typer.echo(tune_stage(settings, out, ranks, memory, show_progress=not quiet))
+
+
+@bench_app.command()
 def compare(
     files: Annotated[list[Path], typer.Argument(metavar="A B [A B]...", help="Reports, A and B in turn.")],
     fail_if_slower: Annotated[

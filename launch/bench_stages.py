@@ -55,6 +55,34 @@ def bench_sample_stage(
         return _report("sample", config, row, device, ranks)
 
 
+def tune_stage(config: Config, out: Path, world_size: int, memory_gib: float | None, show_progress: bool) -> str:
+    """`hpc-ddpm bench tune`; writes the whole configuration with the best settings, and returns the table."""
+    import torch
+    import yaml
+
+    from hpc_ddpm.benchmark.gpu_check.run import rows_table
+    from hpc_ddpm.benchmark.tune import tune
+    from hpc_ddpm.distributed import local_device, resolve_precision
+    from hpc_ddpm.files import write_text
+    from hpc_ddpm.host import free_memory
+    from hpc_ddpm.model.planner import GIB
+
+    device = local_device(Ranks())
+    precision = resolve_precision(config.training.precision, device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    budget = free if memory_gib is None else int(memory_gib * GIB)
+    with progress_bar("tuning", show=show_progress) as update:
+        best, rows = tune(config, device, precision, world_size, budget, on_candidate=_repeats(update))
+    tree = config.dump()
+    for section, values in best.settings().items():
+        tree[section] |= values
+    write_text(out, yaml.safe_dump(tree, sort_keys=False))
+    chosen = " ".join(
+        f"{section}.{key}={value}" for section, kv in best.settings().items() for key, value in kv.items()
+    )
+    return f"{rows_table(rows)}\n\nfastest: {chosen}\n{out}"
+
+
 @contextmanager
 def _workplace(config: Config, data: Path | None, work: Path | None, ranks: Ranks) -> Iterator[tuple[Path, Config]]:
     """A folder that all ranks see, removed at the end, and the configuration with a packed dataset; a collective."""

@@ -20,6 +20,8 @@ from hpc_ddpm.files import write_json, write_text
 
 LEAST_S = 8.0
 """With less time than this left, a part is not begun."""
+SMALL_S = 240.0
+"""Limit of a part with tiny networks, also on a busy CPU."""
 Result = dict[str, Any]
 
 
@@ -62,7 +64,7 @@ def gpu_check(
     for name, part in PARTS.items():
         if only and name not in only:
             continue
-        limit = min(part.seconds if size == "full" else 60.0, end - time.monotonic())
+        limit = min(part.seconds if size == "full" else SMALL_S, end - time.monotonic())
         if limit < LEAST_S:
             results[name] = {"status": "skipped", "error": "no time left; raise --minutes", "rows": []}
         else:

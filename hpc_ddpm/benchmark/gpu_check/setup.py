@@ -46,6 +46,11 @@ class Setup:
         """Calls before the counted ones."""
         return 3 if self.is_full else 1
 
+    @property
+    def compiled_layouts(self) -> list[str]:
+        """Layouts to compile for: it takes a minute each."""
+        return list(LAYOUTS) if self.is_full else ["channels_last"]
+
     def preset(self, name: str, *overrides: str) -> Config:
         """As shipped, or tiny; `overrides` win."""
         tiny = () if self.is_full else TINY

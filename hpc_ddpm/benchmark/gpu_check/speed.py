@@ -131,7 +131,7 @@ def steps(setup: Setup, preset: str) -> Iterator[Row]:
 def compiled_steps(setup: Setup, preset: str) -> Iterator[Row]:
     """torch.compile with the policy that recomputes least and fits, in both layouts."""
     policy = setup.planner(preset, "bf16").choose_policy(_free(setup.device)).policy
-    for layout in LAYOUTS:
+    for layout in setup.compiled_layouts:
         yield _step_row(setup, preset, "bf16", policy, layout=layout, backend=_backend(setup.device))
 
 
@@ -141,7 +141,7 @@ def _free(device: torch.device) -> int:
 
 def _backend(device: torch.device) -> str:
     """On a CPU only the capture is tried: its code generator would need a compiler and a minute."""
-    return "inductor" if device.type == "cuda" else "aot_eager"
+    return "inductor" if device.type == "cuda" else "eager"
 
 
 def _step_row(
@@ -231,7 +231,7 @@ def compiled_sampling(setup: Setup, preset: str) -> Iterator[Row]:
     def compiled(network: Model, inputs: tuple[Tensor, ...]) -> Model:
         return torch.compile(network, backend=_backend(setup.device), dynamic=False)
 
-    for layout in LAYOUTS:
+    for layout in setup.compiled_layouts:
         yield _sampling_row(setup, preset, layout, f"compiled ({_backend(setup.device)})", compiled)
 
 
