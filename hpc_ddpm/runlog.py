@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hpc_ddpm import __version__
 from hpc_ddpm.files import write_text
 
 PACKAGES = (
@@ -31,7 +32,7 @@ PACKAGES = (
 
 def package_versions() -> dict[str, str]:
     """Installed versions of what shapes a result."""
-    versions = {"hpc_ddpm": importlib.metadata.version("hpc_ddpm"), "python": platform.python_version()}
+    versions = {"hpc_ddpm": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from hpc_ddpm.errors import ConfigError
 from launch.options import ConfigOption, Overrides, Quiet
 
 bench_app = typer.Typer(help="Measure speed, beside what else one might use.", no_args_is_help=True)
@@ -52,3 +53,163 @@ def data(
     if out is not None:
         write_text(out, page)
     typer.echo(page, nl=False)
+
+
+Packed = Annotated[Path | None, typer.Option("--data", help="Packed dataset; else synthetic heads.")]
+Work = Annotated[
+    Path | None, typer.Option(help="Where to work; several nodes must share it. By default a temp folder.")
+]
+Price = Annotated[float | None, typer.Option(min=0, help="Of a GPU-hour, in any currency.")]
+Samples = Annotated[int, typer.Option(min=2, help="Repeats that count.")]
+
+
+@bench_app.command()
+def train(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    packed: Packed = None,
+    work: Work = None,
+    repeats: Samples = 20,
+    steps_per_repeat: Annotated[int, typer.Option(min=1, help="Optimizer steps in each.")] = 1,
+    price: Price = None,
+    json_file: JsonFile = None,
+    out: MarkdownFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time the training loop: volumes/s per GPU, MFU, memory, waiting, energy, cost. Alone or under torchrun, srun."""
+    from hpc_ddpm.config import load_config
+    from launch.bench_stages import bench_train_stage
+
+    options = {"repeats": repeats, "steps_per_repeat": steps_per_repeat, "price": price}
+    settings = load_config(config, overrides or []).config
+    _finish(bench_train_stage(settings, packed, work, options, show_progress=not quiet), json_file, out)
+
+
+@bench_app.command()
+def sample(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    packed: Packed = None,
+    work: Work = None,
+    repeats: Samples = 10,
+    volumes: Annotated[int, typer.Option(min=1, help="Per rank in each repeat.")] = 1,
+    price: Price = None,
+    json_file: JsonFile = None,
+    out: MarkdownFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time mass generation, from mask to written volume. Alone or under torchrun, srun."""
+    from hpc_ddpm.config import load_config
+    from launch.bench_stages import bench_sample_stage
+
+    options = {"repeats": repeats, "volumes": volumes, "price": price}
+    settings = load_config(config, overrides or []).config
+    _finish(bench_sample_stage(settings, packed, work, options, show_progress=not quiet), json_file, out)
+
+
+def _finish(report: dict[str, Any] | None, json_file: Path | None, out: Path | None) -> None:
+    """Write and print on rank 0, which alone has a report."""
+    from hpc_ddpm.benchmark.figures import figures_table
+    from hpc_ddpm.benchmark.record import describe
+    from hpc_ddpm.files import write_json, write_text
+
+    if report is None:
+        return
+    if json_file is not None:
+        write_json(json_file, report, indent=2)
+    page = f"{figures_table(report['rows'], [report['benchmark']])}\n\n{describe(report['environment'])}\n"
+    if out is not None:
+        write_text(out, page)
+    typer.echo(page, nl=False)
+
+
+@bench_app.command()
+def tune(
+    out: Annotated[Path, typer.Option("--out", "-o", help="YAML with the best settings, for `train --config`.")],
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="That the settings are for; one is measured here.")] = 1,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB to stay within; by default what is free.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find the fastest activation checkpointing, layout and micro batch that fit into this device's memory."""
+    from hpc_ddpm.config import load_config
+    from launch.bench_stages import tune_stage
+
+    settings = load_config(config, overrides or []).config
+    typer.echo(tune_stage(settings, out, ranks, memory, show_progress=not quiet))
+
+
+@bench_app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar="A B [A B]...", help="Reports, A and B in turn.")],
+    fail_if_slower: Annotated[
+        str | None, typer.Option(help="Exit code 2 if B is significantly slower by more than this, such as 5%.")
+    ] = None,
+) -> None:
+    """Is B slower than A? One pair is compared by its repeats, six or more pairs measured in turns pair by pair."""
+    from hpc_ddpm.benchmark.compare import compare as compare_reports
+    from hpc_ddpm.benchmark.record import read_report
+
+    limit = None if fail_if_slower is None else _share(fail_if_slower)
+    if len(files) % 2:
+        raise ConfigError(f"{len(files)} reports found, pairs expected: give A B, or A1 B1 A2 B2 ...")
+    reports = [read_report(file) for file in files]
+    found = compare_reports(list(zip(reports[::2], reports[1::2], strict=True)))
+    typer.echo(f"{found.sentence()}\nmethod: {found.method}")
+    for key, (first, second) in found.differing.items():
+        typer.echo(f"A and B differ: {key} {first} -> {second}")
+    raise typer.Exit(2 if limit is not None and found.is_slower_than(limit) else 0)
+
+
+def _share(text: str) -> float:
+    """`5%` or `0.05` to 0.05."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if value < 0:
+        raise ConfigError(f"--fail-if-slower {text}: a share such as 5% or 0.05 is expected")
+    return value
+
+
+@bench_app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Reports (--json), or a GPU check's summary.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page; the same in Markdown is written beside it.")],
+) -> None:
+    """One self-contained page of reports: figures, roofline, time, memory, and any two runs compared."""
+    from hpc_ddpm.benchmark.page import to_page
+    from hpc_ddpm.benchmark.record import read_report
+    from hpc_ddpm.files import write_text
+
+    html, markdown = to_page({str(file): read_report(file) for file in files})
+    write_text(out, html)
+    write_text(out.with_suffix(".md"), markdown)
+    typer.echo(f"{out}")
+
+
+@bench_app.command("gpu-check")
+def gpu_check(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Results folder: summary.md, summary.json, a file per part.")
+    ],
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    size: Annotated[str, typer.Option(help="full: the presets themselves; small: a minute on a CPU.")] = "full",
+    minutes: Annotated[float, typer.Option(min=0.1, help="For everything; the most valuable parts come first.")] = 9.0,
+    only: Annotated[list[str] | None, typer.Option(help="Parts to run; may be repeated.")] = None,
+) -> None:
+    """Prove that this GPU computes rightly, and take every single-GPU figure. Exit code 2 if a part did not pass."""
+    from hpc_ddpm.benchmark.gpu_check.run import gpu_check as run
+    from hpc_ddpm.files import writing_to
+
+    if device not in ("cuda", "cpu") or size not in ("full", "small"):
+        raise typer.BadParameter(f"--device {device} --size {size}; use cuda or cpu, full or small")
+
+    def tell(name: str, result: dict[str, Any]) -> None:
+        typer.echo(f"{name:32} {result['status']:8} {result.get('seconds', 0):6.1f} s  {result.get('error', '')}")
+
+    with writing_to(out):
+        results = run(out, device=device, size=size, minutes=minutes, only=only or (), on_part=tell)
+    typer.echo(f"{out / 'summary.md'}")
+    raise typer.Exit(0 if all(result["status"] == "passed" for result in results.values()) else 2)

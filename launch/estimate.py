@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from hpc_ddpm.config import Config, list_presets, load_config
 from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.model.gpus import Gpu, find_gpu
 from hpc_ddpm.model.planner import (
     DTYPES,
     FRAMEWORK_BYTES,
@@ -27,45 +27,6 @@ from launch.data_tables import print_json
 
 SHARE_OF_PEAK = (0.15, 0.40)
 """Assumed share of the GPU's peak that a run reaches, pessimistic and optimistic: not measured."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Memory in GiB, and dense matrix-product peak in TFLOP/s without sparsity (0: unknown)."""
-
-    memory_gib: float
-    half_tflops: float
-    fp32_tflops: float
-    has_bf16: bool = True
-
-
-GPUS = {
-    "h200-141g": Gpu(139.8, 989.4, 67.0),
-    "h100-80g": Gpu(79.6, 989.4, 67.0),
-    "a100-80g": Gpu(79.3, 312.0, 19.5),
-    "a100-40g": Gpu(39.6, 312.0, 19.5),
-    "l40s-48g": Gpu(44.5, 362.0, 91.6),
-    "v100-32g": Gpu(31.7, 125.0, 15.7, has_bf16=False),
-    "rtx4090-24g": Gpu(23.6, 165.2, 82.6),
-}
-"""Data sheets of the vendor; memory as the driver reports it, about."""
-
-
-def find_gpu(name: str) -> Gpu:
-    """A GPU by name, or one of that many GiB.
-
-    Raises:
-        ConfigError: neither.
-    """
-    if name in GPUS:
-        return GPUS[name]
-    try:
-        memory_gib = float(name)
-    except ValueError:
-        memory_gib = 0.0
-    if memory_gib <= 0:
-        raise ConfigError(f"--gpu {name} is not known; give memory in GiB, or one of {', '.join(GPUS)}")
-    return Gpu(memory_gib, 0.0, 0.0)
 
 
 def estimate(config: Config, gpu: Gpu, world_size: int) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Environment(TypedDict):
     os: str
     load_average: float
     """Over the last minute, when the benchmark began."""
+    gpu: dict[str, Any] | None
+    """Name, driver, CUDA, cuDNN, NCCL, clocks, power cap; None where no GPU was used."""
 
 
 class Report(TypedDict):
@@ -49,11 +51,12 @@ class Report(TypedDict):
     """The benchmark's own columns."""
 
 
-def environment(packages: Iterable[str] = ()) -> Environment:
+def environment(packages: Iterable[str] = (), gpu: dict[str, Any] | None = None) -> Environment:
     """This machine, now.
 
     Args:
         packages: distributions whose versions count besides our own dependencies; missing ones are left out.
+        gpu: from `describe_gpu`.
     """
     facts = provenance()
     versions = dict(facts["versions"])
@@ -72,6 +75,7 @@ def environment(packages: Iterable[str] = ()) -> Environment:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "os": platform.platform(),
         "load_average": round(os.getloadavg()[0], 2),
+        "gpu": gpu,
     }
 
 
@@ -119,10 +123,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def describe(where: Environment) -> str:
     """Command, date, hardware and software, in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    gpu = where.get("gpu")
+    device = "" if gpu is None else f"{gpu['name']} ({', '.join(f'{key} {value}' for key, value in gpu.items())}); "
     return (
         f"Measured {where['created'][:10]} (commit {(where['git_commit'] or 'unknown')[:12]}) with\n\n"
         f"```\n{' '.join(where['command'])}\n```\n\n"
-        f"Hardware: {where['cores']} cores of {where['cpu']}, {where['memory_gib']:.0f} GiB; load average "
+        f"Hardware: {device}{where['cores']} cores of {where['cpu']}, {where['memory_gib']:.0f} GiB; load average "
         f"{where['load_average']:.1f} at the start. Software: {where['os']}; {versions}."
     )
 
