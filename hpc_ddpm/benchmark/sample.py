@@ -19,7 +19,7 @@ from hpc_ddpm.model.gpus import peak_flops
 from hpc_ddpm.model.planner import GIB
 from hpc_ddpm.sampling.masks import find_packed_masks
 from hpc_ddpm.sampling.run import run_sampling
-from hpc_ddpm.training.loop import peak_memory_gib
+from hpc_ddpm.training.meter import peak_memory_gib
 from hpc_ddpm.weights import Model
 
 
