@@ -89,12 +89,21 @@ def _squeue(wanted: set[str]) -> dict[str, TaskState]:
 def _sacct(wanted: set[str]) -> dict[str, TaskState]:
     jobs = ",".join(sorted({task.partition("_")[0] for task in wanted}))
     try:
-        text = ask("sacct", "-n", "-X", "-P", "--array", "-o", _ACCOUNT_FIELDS, "-j", jobs)
+        text = ask("sacct", "-n", "-X", "-P", "-o", _ACCOUNT_FIELDS, "-j", jobs)
     except ClusterError:
         return {}
     found = {}
     for line in text.splitlines():
-        task, state, elapsed, nodes = line.split("|", 3)
-        if task in wanted:
+        name, state, elapsed, nodes = line.split("|", 3)
+        for task in wanted.intersection(expand_tasks(name)):
             found[task] = TaskState(state.split()[0], elapsed, nodes)  # "CANCELLED by 1000"
     return found
+
+
+def expand_tasks(name: str) -> list[str]:
+    """`7_[0-2,5%4]`, tasks that have not started, to `7_0`, `7_1`, `7_2`, `7_5`; other names as they are."""
+    match = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", name)
+    if not match:
+        return [name]
+    ranges = [(part.partition("-")[0], part.rpartition("-")[2]) for part in match.group(2).split(",")]
+    return [f"{match.group(1)}_{task}" for first, last in ranges for task in range(int(first), int(last) + 1)]

@@ -58,13 +58,13 @@ def look(submissions: Iterable[Submission]) -> list[JobState]:
     submissions = list(submissions)
     batch = [submission for submission in submissions if submission.profile["executor"] == "slurm"]
     known = slurm.query(task for submission in batch for task in submission.task_ids)
-    return [
-        JobState(
-            submission,
-            {task: known.get(task) or _from_records(submission, task) for task in submission.task_ids},
-        )
-        for submission in submissions
-    ]
+    return [JobState(submission, _states(submission, known)) for submission in submissions]
+
+
+def _states(submission: Submission, known: dict[str, TaskState]) -> dict[str, TaskState]:
+    tasks = submission.task_ids
+    forgotten = "CANCELLED" if any(task in known for task in tasks) else "UNKNOWN"
+    return {task: known.get(task) or _from_records(submission, task, forgotten) for task in tasks}
 
 
 def live_job(run_dir: Path) -> str | None:
@@ -75,18 +75,18 @@ def live_job(run_dir: Path) -> str | None:
     return None
 
 
-def _from_records(submission: Submission, task: str) -> TaskState:
-    """Of local ranks, and of jobs that SLURM has forgotten."""
+def _from_records(submission: Submission, task: str, forgotten: str) -> TaskState:
+    """Of local ranks, and of what SLURM has forgotten: at once, where an array's task is cancelled before its start."""
     is_local = submission.profile["executor"] == "local"
     if is_local and _is_controller_alive(submission):
         return TaskState("RUNNING", _duration(time.time() - submission.submitted), submission.host)
     events = submission.events(task)
     if not events:
-        return TaskState("FAILED" if is_local else "UNKNOWN")
+        return TaskState("FAILED" if is_local else forgotten)
     last, nodes = events[-1], next((event["nodes"] for event in events if "nodes" in event), "")
     elapsed = _duration(last["time"] - submission.submitted)
     if last["event"] == "start":
-        return TaskState("FAILED" if is_local else "UNKNOWN", elapsed, nodes)
+        return TaskState("FAILED" if is_local else forgotten, elapsed, nodes)
     if last["code"] in (128 + signal.SIGTERM, 128 + signal.SIGINT) and is_local:
         return TaskState("CANCELLED", elapsed, nodes)
     return TaskState(DONE if last["code"] == 0 else "FAILED", elapsed, nodes)

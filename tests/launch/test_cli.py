@@ -24,7 +24,20 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["pack"], ["train"], ["sample"], ["weights"], ["config"], ["demo"], ["estimate"]]
+    "command",
+    [
+        [],
+        ["pack"],
+        ["train"],
+        ["sample"],
+        ["weights"],
+        ["config"],
+        ["demo"],
+        ["estimate"],
+        ["submit"],
+        ["jobs"],
+        ["doctor"],
+    ],
 )
 def test_help_loads_no_torch(command: list[str]) -> None:
     code = (
