@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_ddpm.errors import HpcDdpmError
+from hpc_ddpm.errors import ClusterError
 from launch import slurm
 from launch.profiles import Profile
 
@@ -39,14 +39,10 @@ Check = Callable[[], Iterator[Finding]]
 
 
 def examine(profile: Profile | None, path: Path) -> Iterator[Finding]:
-    """All checks, in the order in which they matter; a check that breaks is a finding too."""
-    checks: list[Check] = [_python, _gpu, _conv3d, _deepspeed, _ranks, _mpi, lambda: _hdf5(path), lambda: _space(path)]
-    checks.append(lambda: _slurm(profile))
-    for check in checks:
-        try:
-            yield from check()
-        except HpcDdpmError as error:
-            yield Finding("slurm", "fail", str(error))
+    """All checks, in the order in which they matter."""
+    checks: list[Check] = [_python, _gpu, _conv3d, _deepspeed, _ranks, _mpi]
+    for check in [*checks, lambda: _hdf5(path), lambda: _space(path), lambda: _slurm(profile)]:
+        yield from check()
 
 
 # -------------------------------------------------------------------------------------------------- this machine
@@ -202,11 +198,13 @@ def _space(path: Path) -> Iterator[Finding]:
 
 def _slurm(profile: Profile | None) -> Iterator[Finding]:
     is_needed = profile is not None and profile.executor == "slurm"
-    if not slurm.is_here():
-        status = "fail" if is_needed else "warn"
-        yield Finding("slurm", status, "no sbatch on PATH", "use a login node; elsewhere only --cluster local works")
+    try:
+        text = slurm.ask("scontrol", "show", "config")
+    except ClusterError as error:
+        advice = "use a login node; elsewhere only --cluster local works"
+        yield Finding("slurm", "fail" if is_needed else "warn", str(error), advice)
         return
-    settings = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", slurm.ask("scontrol", "show", "config"), re.MULTILINE))
+    settings = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE))
     yield Finding("slurm", "pass", f"{settings.get('SLURM_VERSION')}, cluster {settings.get('ClusterName')}")
     yield from _partitions(profile if is_needed else None)
     yield from _restarts(settings)
@@ -215,7 +213,7 @@ def _slurm(profile: Profile | None) -> Iterator[Finding]:
     try:
         slurm.ask("sacct", "-n", "-X", "--starttime=now-1hour")
         yield Finding("accounting", "pass", "sacct answers")
-    except HpcDdpmError as error:
+    except ClusterError as error:
         advice = "jobs that ended over five minutes ago are known by what they wrote only"
         yield Finding("accounting", "warn", str(error), advice)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Request:
     """One stage as it is to run."""
 
     stage: str
-    """train, sample or pack."""
+    """train, sample, pack or gallery."""
     arguments: tuple[str, ...]
     """Of `hpc-ddpm`."""
     run_dir: Path
@@ -43,8 +44,18 @@ class Request:
     nodes: int = 1
     """Of the job, or of each task."""
     ranks_per_node: int = 1
-    """One per GPU; packing needs none."""
+    """One per GPU."""
     dependency: str = ""
+    """As `sbatch` takes it."""
+
+    @property
+    def needs_gpus(self) -> bool:
+        """Packing and pictures are work for the cores of a whole node."""
+        return self.stage in ("train", "sample")
+
+    def after(self, job_id: str) -> Request:
+        """The same, to be started when that job has ended well; at once where there is none."""
+        return replace(self, dependency=f"afterok:{job_id}" if job_id else "")
 
     @property
     def world_size(self) -> int:
@@ -56,7 +67,7 @@ class Request:
         """Resources and the most that one start can use."""
         tasks, hours = max(1, self.num_tasks), self.profile.hours
         array = f"{tasks} tasks ({min(tasks, self.profile.array_parallelism)} at a time) × " if self.num_tasks else ""
-        if self.stage == "pack":
+        if not self.needs_gpus:
             return f"{array}{self.nodes} node{'s' * (self.nodes > 1)} without GPUs for at most {self.profile.time}"
         gpus = tasks * self.world_size
         return (
@@ -86,13 +97,22 @@ def submit(request: Request) -> Submission:
         ClusterError: a job of this run is queued or runs already, or SLURM is not here or refuses.
     """
     with submitting(request.run_dir):
-        busy = live_job(request.run_dir)
-        if busy is not None:
-            raise ClusterError(
-                f"{request.run_dir}: job {busy} is queued or runs already; `hpc-ddpm jobs show {request.run_dir}` "
-                f"says how it stands, `hpc-ddpm jobs cancel {request.run_dir}` ends it"
-            )
+        refuse_if_busy(request.run_dir)
         return _submit(request)
+
+
+def refuse_if_busy(run_dir: Path) -> None:
+    """A run has one job at a time.
+
+    Raises:
+        ClusterError: one is queued or runs.
+    """
+    busy = live_job(run_dir)
+    if busy is not None:
+        raise ClusterError(
+            f"{run_dir}: job {busy} is queued or runs already; `hpc-ddpm jobs show {run_dir}` says how it stands, "
+            f"`hpc-ddpm jobs cancel {run_dir}` ends it"
+        )
 
 
 def _submit(request: Request) -> Submission:
@@ -151,9 +171,10 @@ def batch_script(request: Request, code: Path | None = None) -> str:
 def _submit_slurm(request: Request, code: Path, job: StageJob) -> str:
     executor = _build(request, code)
     try:
-        if request.num_tasks > 1:
-            return str(executor.submit_array([job] * request.num_tasks)[0].job_id.partition("_")[0])
-        return str(executor.submit(job).job_id)
+        with redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says
+            if request.num_tasks > 1:
+                return str(executor.submit_array([job] * request.num_tasks)[0].job_id.partition("_")[0])
+            return str(executor.submit(job).job_id)
     except FileNotFoundError:
         raise ClusterError(
             "no `sbatch` on this machine; submit from one of the cluster's login nodes, look with --dry-run, or run "
@@ -197,18 +218,18 @@ def _build(request: Request, code: Path) -> _Executor:
 
 def _resources(request: Request) -> dict[str, Any]:
     """Of one job or array task, in submitit's names; what is empty in the profile is not asked for."""
-    profile, is_pack = request.profile, request.stage == "pack"
-    partition = profile.cpu_partition or profile.partition if is_pack else profile.partition
+    profile, gpus = request.profile, request.needs_gpus
+    partition = profile.partition if gpus else profile.cpu_partition or profile.partition
     wanted: dict[str, Any] = {
         "job_name": f"hpc-ddpm-{request.stage}-{request.run_dir.resolve().name}",
         "partition": partition,
         "account": profile.account,
         "qos": profile.qos,
-        "constraint": "" if is_pack else profile.constraint,
+        "constraint": profile.constraint if gpus else "",
         "mem": profile.memory,
         "dependency": request.dependency,
     }
-    share = profile.gpus_per_node if is_pack else 1
+    share = 1 if gpus else profile.gpus_per_node
     wanted = {name: value for name, value in wanted.items() if value} | {
         "nodes": request.nodes,
         "ntasks_per_node": request.ranks_per_node,
@@ -216,9 +237,9 @@ def _resources(request: Request) -> dict[str, Any]:
         "time": profile.time,
         "signal_delay_s": profile.signal_delay_s,
         "array_parallelism": profile.array_parallelism,
-        "additional_parameters": {"requeue": True, **profile.sbatch},
+        "additional_parameters": {"requeue": True, "kill_on_invalid_dep": "yes", **profile.sbatch},
     }
-    if not is_pack:
+    if gpus:
         wanted["gpus_per_node"] = f"{profile.gpu_type}:{request.ranks_per_node}".lstrip(":")
     return wanted
 
@@ -266,7 +287,7 @@ def _submit_local(request: Request, folder: Path, code: Path, job: StageJob) -> 
         timeout_min=request.profile.hours * 60,
         signal_delay_s=request.profile.signal_delay_s,
         tasks_per_node=request.ranks_per_node,
-        gpus_per_node=0 if request.stage == "pack" else request.ranks_per_node,
+        gpus_per_node=request.ranks_per_node if request.needs_gpus else 0,
         stderr_to_stdout=True,
     )
     with submitit.helpers.environment_variables(**environment), _output_to(folder / "local.log"):

@@ -46,11 +46,12 @@ def ask(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except FileNotFoundError:
-        raise ClusterError(f"no `{command[0]}` on this machine; use one of the cluster's login nodes") from None
+        raise ClusterError(f"no `{command[0]}` on this machine") from None
     except subprocess.TimeoutExpired:
         raise ClusterError(f"`{command[0]}` did not answer within {TIMEOUT_S} s; try again later") from None
     if done.returncode:
-        raise ClusterError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split()) or done.returncode}")
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ClusterError(f"`{' '.join(command)}` failed: {last}")
     return done.stdout
 
 

@@ -21,6 +21,7 @@ class Stage(StrEnum):
     TRAIN = "train"
     SAMPLE = "sample"
     PACK = "pack"
+    PIPELINE = "pipeline"
 
 
 def submit(
@@ -30,7 +31,7 @@ def submit(
     nodes: Annotated[int | None, typer.Option(help="Nodes, instead of the profile's.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs, so ranks, on each node.")] = None,
     tasks: Annotated[
-        int | None, typer.Option(min=1, help="sample and pack: an array of so many, with one GPU (or node) each.")
+        int | None, typer.Option(min=1, help="sample, pack: an array of so many, with one GPU (or node) each.")
     ] = None,
     time: Annotated[str | None, typer.Option(help="Limit of one start, HOURS:MINUTES:SECONDS.")] = None,
     partition: Annotated[str | None, typer.Option()] = None,
@@ -38,12 +39,20 @@ def submit(
     qos: Annotated[str | None, typer.Option()] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the batch script and what it asks for.")] = False,
 ) -> None:
-    """Run a stage as a job: survives preemption and time limits. All other words go to `hpc-ddpm STAGE`."""
+    """Run a stage as a job: survives preemption and time limits. All other words go to `hpc-ddpm STAGE`.
+
+    `pipeline` takes those of `pack`: it packs, trains, samples and draws the gallery, below --out.
+    """
     changes = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time}
     changes |= {"partition": partition, "account": account, "qos": qos}
     profile = load_profile(cluster, changes)
     if stage is Stage.PACK and partition is not None:
         profile = profile.model_copy(update={"cpu_partition": partition})
+    if stage is Stage.PIPELINE:
+        from launch.pipeline import submit_pipeline
+
+        submit_pipeline(_parse("pack", context.args), profile, _shape("sample", profile, tasks), dry_run=dry_run)
+        return
     submit_stage(stage.value, context.args, profile, tasks, dry_run=dry_run)
 
 

@@ -42,7 +42,7 @@ def test_a_path_that_is_not_there_fails(tmp_path: Path) -> None:
 
 
 def test_no_slurm_fails_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "is_here", lambda: False)
+    monkeypatch.setenv("PATH", "/nowhere")
     assert [finding.status for finding in doctor._slurm(load_profile("local"))] == ["warn"]
     assert [finding.status for finding in doctor._slurm(load_profile("devcluster"))] == ["fail"]
 

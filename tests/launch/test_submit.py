@@ -13,9 +13,10 @@ import pytest
 
 from hpc_ddpm.config import presets_dir
 from hpc_ddpm.errors import ConfigError
-from hpc_ddpm.runlog import read_metrics
+from hpc_ddpm.runlog import git_commit, read_metrics
 from launch.after_job import decide
 from launch.profiles import list_profiles, load_profile
+from launch.snapshot import take_snapshot
 from launch.watch import live_job
 from tests.conftest import REPOSITORY, TINY, rank_environment
 
@@ -146,6 +147,35 @@ def test_mistakes_are_said_before_anything_is_queued(
     assert part in done.stderr
     assert not list((tmp_path / "run").glob("jobs/*.json"))
     assert not list((tmp_path / "run").glob("jobs/*.pkl"))
+
+
+def test_what_slurm_refuses_is_one_line(laptop: Cli, tiny_packed: Path, tmp_path: Path) -> None:
+    """Its own word for an account that is not the user's; the development cluster, run by its owner, refuses none."""
+    said = "Batch job submission failed: Invalid account or account/partition combination specified"
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\necho 'sbatch: error: {said}' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    words = ["--out", tmp_path / "run", "--data", tiny_packed, *TINY]
+    done = laptop("submit", "train", "--cluster", "devcluster", "--account", "theirs", *words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (
+        "SLURM refuses the job: Invalid account or account/partition combination specified (asked for: " in done.stderr
+    )
+    assert "account theirs" in done.stderr
+    assert not list((tmp_path / "run").glob("jobs/*.pkl"))
+
+
+def test_a_job_runs_the_code_that_was_submitted(tmp_path: Path) -> None:
+    code = take_snapshot(tmp_path / "jobs")
+    assert take_snapshot(tmp_path / "jobs") == code
+    show = "import hpc_ddpm, launch.cli; from hpc_ddpm import config; print(hpc_ddpm.__file__, launch.cli.__file__, "
+    show += "config.presets_dir(), __import__('hpc_ddpm.runlog').runlog.git_commit())"
+    env = rank_environment() | {"PYTHONPATH": str(code)}
+    done = subprocess.run([sys.executable, "-P", "-c", show], env=env, capture_output=True, text=True, check=True)
+    package, launch, presets, commit = done.stdout.split()
+    assert all(Path(place).is_relative_to(code) for place in (package, launch, presets))
+    assert Path(presets, "cluster", "local.yaml").is_file()
+    assert commit == str(git_commit() or "unknown")
 
 
 # ------------------------------------------------------------------------------------------------ after the end
