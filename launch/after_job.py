@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from launch.jobs import task_id
-from launch.records import add_event, read_events
+from launch.records import FOLDER, add_event, read_events
 
 STOPPED = {128 + 10: "SIGUSR1", 128 + 12: "SIGUSR2", 128 + 15: "SIGTERM"}
 """Preemption or the time limit; what could be saved was."""
@@ -75,7 +75,8 @@ def progress_mark(run_dir: Path, stage: str) -> str:
     if stage == "train":
         return max((path.name for path in run_dir.glob("checkpoints/step_*") if path.suffix != ".tmp"), default="start")
     folder = run_dir / "sidecar" if stage == "sample" else run_dir
-    return f"{sum(path.is_file() for path in folder.rglob('*') if 'jobs' not in path.parts)} files"
+    paths = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != FOLDER)
+    return f"{sum(path.is_file() for path in paths)} files"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.runlog import git_commit
 from launch.jobs import StageJob
 from launch.profiles import Profile
-from launch.records import FOLDER, Submission, submitting
+from launch.records import FOLDER, GPU_STAGES, Submission, submitting
 from launch.snapshot import take_snapshot
 from launch.watch import live_job
 
@@ -50,8 +50,8 @@ class Request:
 
     @property
     def needs_gpus(self) -> bool:
-        """Packing and pictures are work for the cores of a whole node."""
-        return self.stage in ("train", "sample")
+        """One for each rank; else the cores of whole nodes."""
+        return self.stage in GPU_STAGES
 
     def after(self, job_id: str) -> Request:
         """The same, to be started when that job has ended well; at once where there is none."""
@@ -122,7 +122,8 @@ def _submit(request: Request) -> Submission:
     before = set(folder.iterdir())
     job = StageJob(request.arguments, str(request.run_dir.resolve()), str(Path.cwd()))
     try:
-        job_id = _submit_local(request, folder, code, job) if _is_local(request) else _submit_slurm(request, code, job)
+        is_local = request.profile.executor == "local"
+        job_id = _submit_local(request, folder, code, job) if is_local else _submit_slurm(request, code, job)
     except ClusterError:
         for path in set(folder.iterdir()) - before:
             path.unlink()
@@ -145,10 +146,6 @@ def _submit(request: Request) -> Submission:
     return submission
 
 
-def _is_local(request: Request) -> bool:
-    return request.profile.executor == "local"
-
-
 # --------------------------------------------------------------------------------------------------------- SLURM
 
 
@@ -160,9 +157,9 @@ class _Executor(submitit.SlurmExecutor):
         return 1
 
 
-def batch_script(request: Request, code: Path | None = None) -> str:
-    """Exactly what is handed to sbatch; `code` is the snapshot that the job runs."""
-    executor = _build(request, code or request.run_dir.resolve() / FOLDER / "code-SNAPSHOT")
+def batch_script(request: Request) -> str:
+    """Exactly what is handed to sbatch, except for the name of the copied code."""
+    executor = _build(request, request.run_dir.resolve() / FOLDER / "code-SNAPSHOT")
     if request.num_tasks > 1:
         executor.parameters["map_count"] = request.num_tasks
     return executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -220,16 +217,16 @@ def _resources(request: Request) -> dict[str, Any]:
     """Of one job or array task, in submitit's names; what is empty in the profile is not asked for."""
     profile, gpus = request.profile, request.needs_gpus
     partition = profile.partition if gpus else profile.cpu_partition or profile.partition
+    share = 1 if gpus else profile.gpus_per_node
     wanted: dict[str, Any] = {
         "job_name": f"hpc-ddpm-{request.stage}-{request.run_dir.resolve().name}",
         "partition": partition,
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint if gpus else "",
-        "mem": profile.memory,
+        "mem": profile.memory(request.ranks_per_node * share),
         "dependency": request.dependency,
     }
-    share = 1 if gpus else profile.gpus_per_node
     wanted = {name: value for name, value in wanted.items() if value} | {
         "nodes": request.nodes,
         "ntasks_per_node": request.ranks_per_node,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.watch import JobState, progress
+from launch.ledger import time_ledger
+from launch.records import GPU_STAGES, read_submissions
+from launch.watch import JobState, format_duration, progress
 
 PIPE_WIDTH = 200
 
@@ -31,9 +35,13 @@ def describe(job: JobState, *, in_full: bool = False) -> dict[str, Any]:
     }
     if not in_full:
         return facts
+    ranks = submission.nodes * submission.ranks_per_node
+    seconds = time_ledger(read_submissions(Path(submission.run_dir)), job.live, time.time())
     return facts | {
+        "time_s": {name: round(value, 1) for name, value in seconds.items()},
+        "gpu_hours": round(seconds["running"] * ranks / 3600, 3) if submission.stage in GPU_STAGES else 0.0,
         "command": ["hpc-ddpm", *submission.arguments],
-        "ranks": submission.nodes * submission.ranks_per_node,
+        "ranks": ranks,
         "commit": submission.git_commit,
         "folder": str(submission.folder),
         "tasks": {
@@ -68,6 +76,8 @@ def print_job(facts: Mapping[str, Any]) -> None:
     console.print(
         f"\ncommand  {escape(' '.join(facts['command']))}\ncommit   {facts['commit']}\nlogs     {facts['folder']}"
     )
+    spent = ", ".join(f"{name.replace('_', ' ')} {format_duration(value)}" for name, value in facts["time_s"].items())
+    console.print(f"time     {spent}; {facts['gpu_hours']:g} GPU-hours")
     for task, state in facts["tasks"].items():
         for event in state["events"]:
             if event["event"] == "end":

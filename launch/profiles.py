@@ -40,8 +40,8 @@ class Profile(Section):
     gpu_type: str = ""
     """As SLURM calls it, for example a100; any where empty."""
     cpus_per_gpu: int = Field(default=4, ge=1)
-    memory: Annotated[str, Field(pattern=r"^(\d+[KMGT]?)?$")] = ""
-    """Per node, for example 480G; the site's default where empty, 0 is all."""
+    memory_per_gpu: Annotated[str, Field(pattern=r"^([1-9]\d*[MGT])?$")] = ""
+    """Of the node, for example 60G; the site's default where empty. Packing takes that of all the node's GPUs."""
     time: Annotated[str, BeforeValidator(_check_time)] = "24:00:00"
     """Limit of one start; a job that needs more saves, requeues itself and goes on."""
     array_parallelism: int = Field(default=64, ge=1)
@@ -72,6 +72,11 @@ class Profile(Section):
         if self.executor != "slurm" and self.nodes != 1:
             raise ValueError(f"executor {self.executor} has one node, found nodes={self.nodes}")
         return self
+
+    def memory(self, gpus: int) -> str:
+        """What so many GPUs of a node come with, as `sbatch --mem` takes it."""
+        amount, unit = self.memory_per_gpu[:-1], self.memory_per_gpu[-1:]
+        return f"{int(amount) * gpus}{unit}" if amount else ""
 
     @property
     def hours(self) -> float:

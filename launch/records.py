@@ -19,6 +19,8 @@ from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.files import write_json
 
 FOLDER = "jobs"
+GPU_STAGES = ("train", "sample")
+"""Packing and pictures are work for the cores of a whole node."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Submission:
 
     job_id: str
     stage: str
-    """train, sample or pack."""
+    """train, sample, pack or gallery."""
     arguments: list[str]
     """Of `hpc-ddpm`."""
     run_dir: str

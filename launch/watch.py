@@ -79,12 +79,12 @@ def _from_records(submission: Submission, task: str, forgotten: str) -> TaskStat
     """Of local ranks, and of what SLURM has forgotten: at once, where an array's task is cancelled before its start."""
     is_local = submission.profile["executor"] == "local"
     if is_local and _is_controller_alive(submission):
-        return TaskState("RUNNING", _duration(time.time() - submission.submitted), submission.host)
+        return TaskState("RUNNING", format_duration(time.time() - submission.submitted), submission.host)
     events = submission.events(task)
     if not events:
         return TaskState("FAILED" if is_local else forgotten)
     last, nodes = events[-1], next((event["nodes"] for event in events if "nodes" in event), "")
-    elapsed = _duration(last["time"] - submission.submitted)
+    elapsed = format_duration(last["time"] - submission.submitted)
     if last["event"] == "start":
         return TaskState("FAILED" if is_local else forgotten, elapsed, nodes)
     if last["code"] in (128 + signal.SIGTERM, 128 + signal.SIGINT) and is_local:
@@ -103,7 +103,8 @@ def _is_controller_alive(submission: Submission) -> bool:
     return "submitit.local._local" in words and any(Path(word) == submission.folder for word in words)
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """As SLURM does: hours:minutes:seconds."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 

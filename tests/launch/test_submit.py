@@ -51,7 +51,7 @@ def test_a_users_own_profile_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ("partition: a\npartitoin: b", {}, r"profile.yaml:2: unknown setting 'partitoin'; did you mean 'partition'"),
         ("nodes: 1\ntime: 24h", {}, r"profile.yaml:2: '24h' is no time; expected HOURS:MINUTES:SECONDS"),
-        ("memory: 5 GB", {}, r"profile.yaml:1: memory='5 GB'"),
+        ("memory_per_gpu: 5 GB", {}, r"profile.yaml:1: memory_per_gpu='5 GB'"),
         ("executor: local\nnodes: 2", {}, "executor local has one node, found nodes=2"),
         ("partition: a", {"nodes": 0}, "--nodes: nodes=0: input should be greater than or equal to 1"),
     ],
@@ -103,8 +103,8 @@ def test_a_dry_run_shows_script_and_request(laptop: Cli, tiny_packed: Path, tmp_
         "requeue",
         "open-mode=append",
         "signal=USR2@300",
-        "exclusive",
-        "mem=0",
+        "reservation=my-course",
+        "mem=1920G",
     }
     assert wanted <= {line.removeprefix("#SBATCH --") for line in script.splitlines()}
     for line in ("module load cuda/12.8", "export NCCL_SOCKET_IFNAME=ib0", "scontrol requeue $SLURM_JOB_ID"):
@@ -119,11 +119,13 @@ def test_packing_asks_for_no_gpu_and_sampling_is_an_array(laptop: Cli, tmp_path:
     common = ["--dry-run", "--cluster", "example_dgx", "--out", tmp_path / "out"]
     pack = laptop("submit", "pack", tmp_path, *common, "--nodes", "2").stdout
     assert "--partition=cpu" in pack
+    assert "--mem=1920G" in pack
     assert "gpus" not in pack.partition("command:")[0]
     assert "request: 2 nodes without GPUs" in pack
     sample = laptop("submit", "sample", tmp_path, *common, "--tasks", "100", "--masks", tmp_path).stdout
     assert "#SBATCH --array=0-99%64" in sample
     assert "#SBATCH --gpus-per-node=h100:1" in sample
+    assert "#SBATCH --mem=240G" in sample
     assert "100 tasks (64 at a time) × 1 node × 1 GPU for at most 2-00:00:00 = 4800 GPU-hours" in sample
 
 
