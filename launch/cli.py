@@ -15,7 +15,7 @@ from hpc_ddpm.errors import HpcDdpmError
 from launch.bench_commands import bench_app
 from launch.checkpoint_commands import checkpoint_app
 from launch.data_commands import data_app
-from launch.doctor_command import doctor
+from launch.doctor_command import doctor, drill
 from launch.jobs_commands import jobs_app
 from launch.options import ConfigOption, Json, Overrides, Quiet
 from launch.sample_commands import sample_app
@@ -43,6 +43,7 @@ app.add_typer(checkpoint_app, name="checkpoint", rich_help_panel="Tools")
 app.command(rich_help_panel=CLUSTER, context_settings=REST)(submit)
 app.add_typer(jobs_app, name="jobs", rich_help_panel=CLUSTER)
 app.command(rich_help_panel=CLUSTER)(doctor)
+app.command(rich_help_panel=CLUSTER)(drill)
 
 
 @app.command(rich_help_panel=START)

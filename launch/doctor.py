@@ -17,7 +17,6 @@ from hpc_ddpm.errors import ClusterError
 from launch import slurm
 from launch.profiles import Profile
 
-MARKS = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[bold red]fail[/]"}
 RANKS_TIMEOUT_S = 120
 GIB = 2**30
 LITTLE_SPACE_GIB = 50.0

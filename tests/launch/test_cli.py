@@ -37,6 +37,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
         ["submit"],
         ["jobs"],
         ["doctor"],
+        ["drill"],
     ],
 )
 def test_help_loads_no_torch(command: list[str]) -> None:

@@ -107,7 +107,7 @@ def test_a_dry_run_shows_script_and_request(laptop: Cli, tiny_packed: Path, tmp_
         "mem=1920G",
     }
     assert wanted <= {line.removeprefix("#SBATCH --") for line in script.splitlines()}
-    for line in ("module load cuda/12.8", "export NCCL_SOCKET_IFNAME=ib0", "scontrol requeue $SLURM_JOB_ID"):
+    for line in ("module load cuda/12.8", "export NCCL_SOCKET_IFNAME=ib0", "scontrol requeue $SLURM_JOB_ID", " -P -u "):
         assert line in script
     assert "4 nodes × 8 GPUs for at most 1-00:00:00 = 768 GPU-hours" in rest
     assert "GiB per GPU at the peak" in rest

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.records import read_events
 from tests.conftest import TINY
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.runs import ROUNDING, STEPS, files, losses
@@ -22,11 +21,6 @@ def submitted(cluster: Cluster, *words: str | Path) -> str:
 
 def shown(cluster: Cluster, run: Path) -> dict:
     return json.loads(cluster.run("hpc-ddpm", "jobs", "show", run, "--json"))
-
-
-def starts(run: Path, job: str) -> list[dict]:
-    """Of a job, as it recorded them."""
-    return [event for event in read_events(run, job) if event["event"] == "start"]
 
 
 def test_a_preempted_training_requeues_itself(cluster: Cluster, alone: Path, tiny_packed: Path, tmp_path: Path) -> None:
@@ -51,22 +45,17 @@ def test_a_preempted_training_requeues_itself(cluster: Cluster, alone: Path, tin
     cluster.wait(first, tmp_path)
 
 
-def test_a_killed_rank_and_a_users_signal(cluster: Cluster, alone: Path, tiny_packed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    words = ["--out", run, "--data", tiny_packed, *STEPS, "training.checkpoint_every_steps=4"]
-    job = submitted(cluster, "train", *PROFILE, *words)
-    for restarts, number in enumerate(("KILL", "USR2")):
-        wait_for(
-            lambda restarts=restarts: len(starts(run, job)) > restarts and bool(losses(run)),
-            lambda: str(shown(cluster, run)),
-        )
-        for each in ("STOP", number, "CONT"):  # so that it does not finish before
-            cluster.run("scancel", f"--signal={each}", f"{job}.0" if number == "KILL" else job)
-    assert cluster.attempt("hpc-ddpm", "jobs", "wait", run).returncode == 0, shown(cluster, run)
-    assert losses(run) == pytest.approx(losses(alone), rel=ROUNDING)
-    ends = [event for event in read_events(run, job) if event["event"] == "end"]
-    assert [end["code"] for end in ends] == [137, 140, 0]
-    assert [row["restarts"] for row in starts(run, job)] == [0, 1, 2]
+def test_the_drill_passes(cluster: Cluster, tmp_path: Path) -> None:
+    """A signal, a killed rank, a torn checkpoint, another number of ranks."""
+    out = tmp_path / "drill"
+    done = cluster.attempt("hpc-ddpm", "drill", *PROFILE, "--out", out, "--json", timeout_s=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = json.loads((out / "drill.json").read_text())["trials"]
+    assert json.loads(done.stdout) == verdicts
+    found = {verdict["trial"]: verdict["found"] for verdict in verdicts}
+    assert len(found) == 5
+    assert "exit codes [137, 0]" in found["killed rank"]
+    assert "is not empty" in cluster.attempt("hpc-ddpm", "drill", *PROFILE, "--out", out).stderr
 
 
 def test_lost_tasks_of_an_array_are_retried(
