@@ -28,6 +28,8 @@ PACKAGES = (
     "scipy",
     "safetensors",
 )
+COMMIT_FILE = "COMMIT"
+"""In a copy of this package outside of its checkout: the commit that it was made from."""
 
 
 def package_versions() -> dict[str, str]:
@@ -44,6 +46,8 @@ def package_versions() -> dict[str, str]:
 def git_commit(folder: Path | None = None) -> str | None:
     """Commit of the checkout this code runs from, with `+changes` if edited; None outside a checkout."""
     folder = folder or Path(__file__).parent
+    if (folder / COMMIT_FILE).is_file():
+        return (folder / COMMIT_FILE).read_text(encoding="utf-8")
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

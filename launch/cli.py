@@ -15,10 +15,14 @@ from hpc_ddpm.errors import HpcDdpmError
 from launch.bench_commands import bench_app
 from launch.checkpoint_commands import checkpoint_app
 from launch.data_commands import data_app
+from launch.doctor_command import doctor, drill
+from launch.jobs_commands import jobs_app
 from launch.options import ConfigOption, Json, Overrides, Quiet
 from launch.sample_commands import sample_app
+from launch.submit_commands import REST, submit
 
 STAGES, START = "Stages (each alone, under torchrun, mpirun or srun)", "Start here"
+CLUSTER = "Cluster"
 
 app = typer.Typer(
     name="hpc-ddpm",
@@ -36,6 +40,10 @@ app.add_typer(config_app, name="config", rich_help_panel="Tools")
 app.add_typer(data_app, name="data", rich_help_panel="Tools")
 app.add_typer(bench_app, name="bench", rich_help_panel="Tools")
 app.add_typer(checkpoint_app, name="checkpoint", rich_help_panel="Tools")
+app.command(rich_help_panel=CLUSTER, context_settings=REST)(submit)
+app.add_typer(jobs_app, name="jobs", rich_help_panel=CLUSTER)
+app.command(rich_help_panel=CLUSTER)(doctor)
+app.command(rich_help_panel=CLUSTER)(drill)
 
 
 @app.command(rich_help_panel=START)

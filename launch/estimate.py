@@ -65,6 +65,13 @@ def estimate(config: Config, gpu: Gpu, world_size: int) -> dict[str, Any]:
     }
 
 
+def peak_gib(config: Config, world_size: int) -> float:
+    """Memory of one rank at the peak of a training step, on a GPU that computes in bf16."""
+    precision = "bf16" if config.training.precision == "auto" else config.training.precision
+    planner = Planner(config, world_size, precision)
+    return planner.plan(fixed_policy(config), config.training.micro_batch).total / GIB
+
+
 def _suggest(fits: dict[str, int], config: Config, world_size: int) -> dict[str, Any] | None:
     """The least recompute that fits, and the largest micro batch with it that divides the work of a rank."""
     per_rank = max(1, config.training.global_batch // world_size)

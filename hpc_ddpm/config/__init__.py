@@ -3,10 +3,12 @@
 from hpc_ddpm.config.loading import (
     Loaded,
     config_from_dict,
+    did_you_mean,
     flatten_config,
     list_presets,
     load_config,
     presets_dir,
+    read_yaml,
 )
 from hpc_ddpm.config.sections import (
     READING_SETTINGS,
@@ -38,8 +40,10 @@ __all__ = [
     "Section",
     "TrainingConfig",
     "config_from_dict",
+    "did_you_mean",
     "flatten_config",
     "list_presets",
     "load_config",
     "presets_dir",
+    "read_yaml",
 ]

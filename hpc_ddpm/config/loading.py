@@ -85,7 +85,7 @@ def _find(source: str | Path) -> Path:
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         raise ConfigError(f"no configuration file {path}; give an existing YAML file or a preset: {_presets()}")
     raise ConfigError(
-        f"no preset or file called '{source}'{_did_you_mean(str(source), list_presets())}; presets: {_presets()}"
+        f"no preset or file called '{source}'{did_you_mean(str(source), list_presets())}; presets: {_presets()}"
     )
 
 
@@ -96,7 +96,7 @@ def _presets() -> str:
 def _chain(path: Path) -> list[Path]:
     """The files to apply, furthest ancestor first."""
     chain = [path]
-    while base := _read_yaml(chain[0])[0].get("extends"):
+    while base := read_yaml(chain[0])[0].get("extends"):
         parent = _find(base)
         if parent in chain:
             raise ConfigError(f"{path}: 'extends' goes round in a circle through {parent}")
@@ -105,7 +105,7 @@ def _chain(path: Path) -> list[Path]:
 
 
 def _merge_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> None:
-    tree, lines = _read_yaml(path)
+    tree, lines = read_yaml(path)
     tree.pop("extends", None)
     is_preset = path.parent == presets_dir()
     for key, value in _flatten(tree, str(path), lines).items():
@@ -114,8 +114,12 @@ def _merge_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> 
     values["name"] = tree.get("name", path.stem)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's mapping and the line of every dotted key."""
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A settings file's mapping and the line of every dotted key.
+
+    Raises:
+        ConfigError: unreadable, not YAML, no mapping, or a key given twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -230,7 +234,8 @@ def _suggest(key: str, section: str) -> str:
     return f"; {section or 'the top level'} has: {', '.join(name.rsplit('.', 1)[-1] for name in siblings)}"
 
 
-def _did_you_mean(word: str, known: list[str]) -> str:
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`; did you mean 'NAME'?` for an error about a wrong name, empty where nothing is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
 

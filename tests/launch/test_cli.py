@@ -24,7 +24,21 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["pack"], ["train"], ["sample"], ["weights"], ["config"], ["demo"], ["estimate"]]
+    "command",
+    [
+        [],
+        ["pack"],
+        ["train"],
+        ["sample"],
+        ["weights"],
+        ["config"],
+        ["demo"],
+        ["estimate"],
+        ["submit"],
+        ["jobs"],
+        ["doctor"],
+        ["drill"],
+    ],
 )
 def test_help_loads_no_torch(command: list[str]) -> None:
     code = (

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import rank_environment
 from tests.slurm.cluster import DEVCLUSTER, Cluster
+from tests.slurm.runs import STEPS, files
 
 CANNOT_INSTALL = 77
+Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +53,21 @@ def _take_down_what_killed_sessions_left() -> None:
         if folder.stat().st_uid == os.getuid() and not owner.exists():
             env = os.environ | {"HPC_DDPM_DEVCLUSTER": str(folder)}
             subprocess.run([DEVCLUSTER / "down.sh"], env=env, check=True, timeout=100)
+
+
+@pytest.fixture(scope="session")
+def alone(cli: Cli, tiny_packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    done = cli("train", "--out", run, "--data", tiny_packed, "-q", *STEPS)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="session")
+def sampled_alone(cli: Cli, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Volumes of one process: two masks, two replicas."""
+    out = tmp_path_factory.mktemp("sampled") / "out"
+    assert cli("sample", alone, "--out", out, "-q", "sampling.replicas=2").returncode == 0
+    assert len(files(out, "t1/*.nii.gz")) == 4
+    return files(out, "t1/*.nii.gz")

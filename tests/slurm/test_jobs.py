@@ -1,42 +1,17 @@
 """Pack, train and sample on the cluster, with srun and as the templates are shipped: the results of one process."""
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.pack import pack
-from hpc_ddpm.runlog import read_metrics
 from tests.conftest import TINY
 from tests.slurm.cluster import TEMPLATES, Cluster, read_logs, wait_for
+from tests.slurm.runs import ROUNDING, STEPS, files, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-
-Cli = Callable[..., subprocess.CompletedProcess[str]]
-STEPS = [*TINY, "training.num_steps=16", "training.checkpoint_every_steps=1000", "training.learning_rate=1e-4"]
-ROUNDING = 1e-5
-"""Relative, fp32; the small learning rate keeps it from growing over the steps."""
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(run)]
-
-
-def files(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob(pattern) if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def alone(cli: Cli, tiny_packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process."""
-    run = tmp_path_factory.mktemp("alone") / "run"
-    done = cli("train", "--out", run, "--data", tiny_packed, "-q", *STEPS)
-    assert done.returncode == 0, done.stderr
-    return run
-
 
 # -------------------------------------------------------------------------------------------------------- train
 
@@ -138,15 +113,6 @@ def test_a_mistake_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- sample
-
-
-@pytest.fixture(scope="module")
-def sampled_alone(cli: Cli, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Volumes of one process: two masks, two replicas."""
-    out = tmp_path_factory.mktemp("sampled") / "out"
-    assert cli("sample", alone, "--out", out, "-q", "sampling.replicas=2").returncode == 0
-    assert len(files(out, "t1/*.nii.gz")) == 4
-    return files(out, "t1/*.nii.gz")
 
 
 def test_sample_under_srun(cluster: Cluster, alone: Path, sampled_alone: dict[str, bytes], tmp_path: Path) -> None:

@@ -1,0 +1,261 @@
+"""`hpc-ddpm doctor`: look at this machine, a path and a cluster before anything is queued; one line for each check."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_ddpm.errors import ClusterError
+from launch import slurm
+from launch.profiles import Profile
+
+RANKS_TIMEOUT_S = 120
+GIB = 2**30
+LITTLE_SPACE_GIB = 50.0
+NEEDED = ("torch", "deepspeed", "h5py", "hdf5plugin", "nibabel", "submitit", "pydantic", "numpy", "cramjam")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    check: str
+    status: str
+    """pass, warn or fail."""
+    found: str
+    advice: str = ""
+
+
+Check = Callable[[], Iterator[Finding]]
+
+
+def examine(profile: Profile | None, path: Path) -> Iterator[Finding]:
+    """All checks, in the order in which they matter."""
+    checks: list[Check] = [_python, _gpu, _conv3d, _deepspeed, _ranks, _mpi]
+    for check in [*checks, lambda: _hdf5(path), lambda: _space(path), lambda: _slurm(profile)]:
+        yield from check()
+
+
+# -------------------------------------------------------------------------------------------------- this machine
+
+
+def _python() -> Iterator[Finding]:
+    from hpc_ddpm.runlog import package_versions
+
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        yield Finding("packages", "fail", f"missing: {', '.join(missing)}", "pip install hpc_ddpm in this environment")
+        return
+    versions = package_versions()
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("hpc_ddpm", "torch", "deepspeed", "h5py"))
+    yield Finding("python", "pass", f"{sys.version.split()[0]}, {shown}")
+
+
+def _deepspeed() -> Iterator[Finding]:
+    """In another process: it looks for compilers and GPUs when it is loaded."""
+    code = "import deepspeed; from deepspeed.accelerator import get_accelerator as a; print(a().device_name())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["failed"]
+        yield Finding("deepspeed", "fail", f"cannot be loaded: {last[0]}", "install it for this torch")
+    else:
+        yield Finding("deepspeed", "pass", f"loads, and computes on {done.stdout.split()[-1]}")
+
+
+def _gpu() -> Iterator[Finding]:
+    import torch
+
+    from hpc_ddpm.distributed import KNOWN_BAD_CUDNN
+
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        yield Finding("gpu", "warn", f"no GPU here; torch {torch.__version__} is {built}", "right on a login node only")
+        return
+    names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    yield Finding("gpu", "pass", f"{torch.cuda.device_count()} × {', '.join(names)}, CUDA {torch.version.cuda}")
+    cudnn = torch.backends.cudnn.version() or 0
+    if cudnn in KNOWN_BAD_CUDNN:
+        yield Finding("cudnn", "fail", f"{cudnn} computes bf16 conv3d wrongly", "install torch ≥ 2.10 (cuDNN ≥ 9.15)")
+    else:
+        yield Finding("cudnn", "pass", str(cudnn))
+
+
+def _conv3d() -> Iterator[Finding]:
+    """bf16 against fp32, with the padding and width that the network uses."""
+    import torch
+    import torch.nn.functional as F
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(0)
+    volume = torch.randn(1, 32, 16, 16, 16, generator=generator).to(device)
+    weight = torch.randn(32, 32, 3, 3, 3, generator=generator).to(device) / 30
+    exact = F.conv3d(volume, weight, padding=1)
+    half = F.conv3d(volume.bfloat16(), weight.bfloat16(), padding=1).float()
+    error = float((half - exact).abs().max() / exact.abs().max())
+    if error > 0.02:
+        yield Finding("conv3d", "fail", f"bf16 is off by {error:.1%} on {device.type}", "use another torch or cuDNN")
+    else:
+        yield Finding("conv3d", "pass", f"bf16 agrees with fp32 to {error:.2%} on {device.type}")
+
+
+def _ranks() -> Iterator[Finding]:
+    """Two processes of this machine sum a number, over nccl where there are two GPUs, else gloo."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "ranks.py")
+        script.write_text(_RANKS, encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            yield Finding("ranks", "fail", f"no all-reduce within {RANKS_TIMEOUT_S} s", "set NCCL_SOCKET_IFNAME=lo")
+            return
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), "failed")
+        yield Finding("ranks", "fail", last.strip(), "run it by hand: torchrun --nproc-per-node=2 ...")
+    else:
+        yield Finding("ranks", "pass", f"all-reduce over {done.stdout.strip()} across 2 local ranks")
+
+
+_RANKS = """
+import os, torch, torch.distributed as dist
+gpus = torch.cuda.device_count() >= 2
+backend = "nccl" if gpus else "gloo"
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+dist.init_process_group(backend)
+value = torch.full((1,), dist.get_rank() + 1.0, device=device)
+dist.all_reduce(value)
+assert value.item() == 3
+if dist.get_rank() == 0:
+    print(backend)
+dist.destroy_process_group()
+"""
+
+
+def _mpi() -> Iterator[Finding]:
+    """In another process: loading an MPI library that does not fit ends the process that tries."""
+    code = "from mpi4py import MPI; print(MPI.Get_library_version().split(',')[0].splitlines()[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    advice = "only `mpirun hpc-ddpm pack` needs it, srun does without; pip install 'hpc_ddpm[mpi]' or load a module"
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["failed"]
+        yield Finding("mpi", "warn", f"mpi4py finds no MPI library: {last[0]}", advice)
+    elif shutil.which("mpirun") is None:
+        yield Finding("mpi", "warn", f"{done.stdout.strip()}, but no mpirun on PATH", advice)
+    else:
+        yield Finding("mpi", "pass", f"{done.stdout.strip()}, {shutil.which('mpirun')}")
+
+
+# ------------------------------------------------------------------------------------------------------ the path
+
+
+def _hdf5(path: Path) -> Iterator[Finding]:
+    """A compressed file is written and read there, in another process, with locking as HDF5 does it by default."""
+    if not path.is_dir():
+        yield Finding("path", "fail", f"{path} is no folder", "give --path a folder on the disk that jobs will use")
+        return
+    code = (
+        "import sys, h5py, hdf5plugin, numpy as np\n"
+        "with h5py.File(sys.argv[1], 'w') as f: f.create_dataset('x', data=np.arange(999), **hdf5plugin.Zstd())\n"
+        "with h5py.File(sys.argv[1], 'r') as f: assert f['x'][:].sum() == 498501\n"
+    )
+    try:
+        with tempfile.TemporaryDirectory(dir=path, prefix=".hpc-ddpm-doctor-") as folder:
+            command = [sys.executable, "-c", code, f"{folder}/probe.h5"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except OSError as error:
+        yield Finding("path", "fail", f"{path}: cannot write here ({error.strerror})", "choose another --path")
+        return
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1]
+        advice = "set HDF5_USE_FILE_LOCKING=FALSE in the profile's environment" if "lock" in last else "see the message"
+        yield Finding("hdf5", "fail", f"{path}: {last}", advice)
+    else:
+        yield Finding("hdf5", "pass", f"zstd filter and file locking work in {path}")
+
+
+def _space(path: Path) -> Iterator[Finding]:
+    if not path.is_dir():
+        return
+    free_gib = shutil.disk_usage(path).free / GIB
+    status = "pass" if free_gib > LITTLE_SPACE_GIB else "warn"
+    advice = (
+        "" if status == "pass" else "`hpc-ddpm estimate CONFIG` says what checkpoints take; `checkpoint prune` frees"
+    )
+    yield Finding("space", status, f"{free_gib:.0f} GiB free in {path} (quotas not seen)", advice)
+
+
+# --------------------------------------------------------------------------------------------------- the cluster
+
+
+def _slurm(profile: Profile | None) -> Iterator[Finding]:
+    is_needed = profile is not None and profile.executor == "slurm"
+    try:
+        text = slurm.ask("scontrol", "show", "config")
+    except ClusterError as error:
+        advice = "use a login node; elsewhere only --cluster local works"
+        yield Finding("slurm", "fail" if is_needed else "warn", str(error), advice)
+        return
+    settings = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE))
+    yield Finding("slurm", "pass", f"{settings.get('SLURM_VERSION')}, cluster {settings.get('ClusterName')}")
+    yield from _partitions(profile if is_needed else None)
+    yield from _restarts(settings)
+    limit = int(settings.get("MaxArraySize", 0))
+    yield Finding("arrays", "pass" if limit > 1 else "fail", f"{limit} tasks at most (MaxArraySize)")
+    try:
+        slurm.ask("sacct", "-n", "-X", "--starttime=now-1hour")
+        yield Finding("accounting", "pass", "sacct answers")
+    except ClusterError as error:
+        advice = "jobs that ended over five minutes ago are known by what they wrote only"
+        yield Finding("accounting", "warn", str(error), advice)
+
+
+def _partitions(profile: Profile | None) -> Iterator[Finding]:
+    rows = [line.split("|") for line in slurm.ask("sinfo", "-h", "-o", "%R|%G|%D|%l|%a").splitlines()]
+    shown = "; ".join(f"{name}: {nodes} nodes, {gpus}, {limit}" for name, gpus, nodes, limit, _ in rows)
+    yield Finding("partitions", "pass", shown)
+    if profile is None:
+        return
+    for name in filter(None, (profile.partition, profile.cpu_partition)):
+        own = [row for row in rows if row[0] == name]
+        most = max((int(count) for row in own for count in re.findall(r"gpu(?::[\w.-]+)?:(\d+)", row[1])), default=0)
+        if not own:
+            known = ", ".join(sorted({row[0] for row in rows}))
+            yield Finding("profile", "fail", f"no partition {name}", f"one of {known}")
+        elif all(row[4] != "up" for row in own):
+            yield Finding("profile", "fail", f"partition {name} is down", "choose another one, or wait")
+        elif name == profile.partition and most < profile.gpus_per_node:
+            advice = f"set gpus_per_node to {most} or less"
+            yield Finding("profile", "fail", f"{name} has {most} GPUs per node, {profile.gpus_per_node} asked", advice)
+        else:
+            yield Finding("profile", "pass", f"partition {name} is up, {most} GPUs per node")
+
+
+def _restarts(settings: dict[str, str]) -> Iterator[Finding]:
+    if settings.get("JobRequeue") == "1":
+        yield Finding("requeue", "pass", "JobRequeue=1: jobs come back after the loss of a node")
+    else:
+        yield Finding("requeue", "pass", "JobRequeue=0; our jobs ask for it themselves (--requeue)")
+    if settings.get("PreemptType", "preempt/none") == "preempt/none":
+        yield Finding("preemption", "pass", "off on this cluster")
+        return
+    both = settings.get("SlurmctldParameters", "") + settings.get("PreemptParameters", "")
+    told = "the job's own signal (send_user_signal)" if "send_user_signal" in both else "SIGTERM"
+    yield Finding("preemption", "pass", f"{settings['PreemptType']}: announced by {told}; both are handled")
+    found = re.findall(
+        r"PartitionName=(\S+)[\s\S]*?GraceTime=(\d+)[\s\S]*?PreemptMode=(\S+)",
+        slurm.ask("scontrol", "show", "partition"),
+    )
+    for name, grace_s, mode in found:
+        if mode == "REQUEUE" and int(grace_s) == 0:
+            advice = "lower training.checkpoint_every_steps there"
+            yield Finding("preemption", "warn", f"{name} gives no grace time: work since a checkpoint is lost", advice)
+        elif mode == "REQUEUE":
+            yield Finding("preemption", "pass", f"{name} gives {grace_s} s to save")

@@ -1,0 +1,308 @@
+"""From a request (what, where, how large) to a job: submitit's executors, and the batch script that they write."""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.runlog import git_commit
+from launch.jobs import StageJob
+from launch.profiles import Profile
+from launch.records import FOLDER, GPU_STAGES, Submission, submitting
+from launch.snapshot import take_snapshot
+from launch.watch import live_job
+
+SRUN_ARGUMENTS = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"]
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One stage as it is to run."""
+
+    stage: str
+    """train, sample, pack or gallery."""
+    arguments: tuple[str, ...]
+    """Of `hpc-ddpm`."""
+    run_dir: Path
+    profile: Profile
+    num_tasks: int = 0
+    """Of the array; 0 is a plain job."""
+    nodes: int = 1
+    """Of the job, or of each task."""
+    ranks_per_node: int = 1
+    """One per GPU."""
+    dependency: str = ""
+    """As `sbatch` takes it."""
+
+    @property
+    def needs_gpus(self) -> bool:
+        """One for each rank; else the cores of whole nodes."""
+        return self.stage in GPU_STAGES
+
+    def after(self, job_id: str) -> Request:
+        """The same, to be started when that job has ended well; at once where there is none."""
+        return replace(self, dependency=f"afterok:{job_id}" if job_id else "")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job, or of each task."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def in_words(self) -> str:
+        """Resources and the most that one start can use."""
+        tasks, hours = max(1, self.num_tasks), self.profile.hours
+        array = f"{tasks} tasks ({min(tasks, self.profile.array_parallelism)} at a time) × " if self.num_tasks else ""
+        if not self.needs_gpus:
+            return f"{array}{self.nodes} node{'s' * (self.nodes > 1)} without GPUs for at most {self.profile.time}"
+        gpus = tasks * self.world_size
+        return (
+            f"{array}{self.nodes} node{'s' * (self.nodes > 1)} × {self.ranks_per_node} "
+            f"GPU{'s' * (self.ranks_per_node > 1)} for at most {self.profile.time} = {gpus * hours:g} GPU-hours; "
+            f"up to {self.profile.max_requeues} requeues of that size"
+        )
+
+
+def again(submission: Submission, num_tasks: int) -> Request:
+    """The same words and resources, as so many array tasks."""
+    return Request(
+        submission.stage,
+        tuple(submission.arguments),
+        Path(submission.run_dir),
+        Profile.model_validate(submission.profile),
+        num_tasks if num_tasks > 1 else 0,
+        submission.nodes,
+        submission.ranks_per_node,
+    )
+
+
+def submit(request: Request) -> Submission:
+    """Start it: as a SLURM job or array, or as ranks of this machine in the background.
+
+    Raises:
+        ClusterError: a job of this run is queued or runs already, or SLURM is not here or refuses.
+    """
+    with submitting(request.run_dir):
+        refuse_if_busy(request.run_dir)
+        return _submit(request)
+
+
+def refuse_if_busy(run_dir: Path) -> None:
+    """A run has one job at a time.
+
+    Raises:
+        ClusterError: one is queued or runs.
+    """
+    busy = live_job(run_dir)
+    if busy is not None:
+        raise ClusterError(
+            f"{run_dir}: job {busy} is queued or runs already; `hpc-ddpm jobs show {run_dir}` says how it stands, "
+            f"`hpc-ddpm jobs cancel {run_dir}` ends it"
+        )
+
+
+def _submit(request: Request) -> Submission:
+    """Leaves nothing behind where SLURM refuses."""
+    folder = request.run_dir.resolve() / FOLDER
+    code = take_snapshot(folder)
+    before = set(folder.iterdir())
+    job = StageJob(request.arguments, str(request.run_dir.resolve()), str(Path.cwd()))
+    try:
+        is_local = request.profile.executor == "local"
+        job_id = _submit_local(request, folder, code, job) if is_local else _submit_slurm(request, code, job)
+    except ClusterError:
+        for path in set(folder.iterdir()) - before:
+            path.unlink()
+        raise
+    submission = Submission(
+        job_id=job_id,
+        stage=request.stage,
+        arguments=list(request.arguments),
+        run_dir=str(request.run_dir.resolve()),
+        cwd=str(Path.cwd()),
+        profile=request.profile.model_dump(mode="json"),
+        num_tasks=request.num_tasks,
+        nodes=request.nodes,
+        ranks_per_node=request.ranks_per_node,
+        submitted=time.time(),
+        host=socket.gethostname(),
+        git_commit=git_commit(),
+    )
+    submission.write()
+    return submission
+
+
+# --------------------------------------------------------------------------------------------------------- SLURM
+
+
+class _Executor(submitit.SlurmExecutor):
+    """Can be made where there is no SLURM, to show the batch script."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def batch_script(request: Request) -> str:
+    """Exactly what is handed to sbatch, except for the name of the copied code."""
+    executor = _build(request, request.run_dir.resolve() / FOLDER / "code-SNAPSHOT")
+    if request.num_tasks > 1:
+        executor.parameters["map_count"] = request.num_tasks
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def _submit_slurm(request: Request, code: Path, job: StageJob) -> str:
+    executor = _build(request, code)
+    try:
+        with redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says
+            if request.num_tasks > 1:
+                return str(executor.submit_array([job] * request.num_tasks)[0].job_id.partition("_")[0])
+            return str(executor.submit(job).job_id)
+    except FileNotFoundError:
+        raise ClusterError(
+            "no `sbatch` on this machine; submit from one of the cluster's login nodes, look with --dry-run, or run "
+            "here with --cluster local"
+        ) from None
+    except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
+        raise ClusterError(_refusal(str(error), request.profile)) from None
+
+
+def _refusal(text: str, profile: Profile) -> str:
+    """SLURM's own words, and what was asked for."""
+    lines = [line.split("error: ", 1)[1] for line in text.splitlines() if line.startswith("sbatch: error: ")]
+    said = lines[-1].removeprefix("Batch job submission failed: ") if lines else " ".join(text.split())
+    facts = {
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "nodes": profile.nodes,
+        "GPUs per node": f"{profile.gpu_type} {profile.gpus_per_node}".strip(),
+        "time": profile.time,
+    }
+    asked = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
+    return f"SLURM refuses the job: {said} (asked for: {asked}); `sinfo -o '%P %D %G %l'` lists what there is"
+
+
+def _build(request: Request, code: Path) -> _Executor:
+    profile, folder = request.profile, request.run_dir.resolve() / FOLDER
+    python = profile.python or shlex.quote(sys.executable)
+    python = f"{profile.container} {python} -P".strip()  # -P: the folder that it was submitted from is not searched
+    executor = _Executor(folder, python=python)
+    executor.update_parameters(
+        setup=_setup(profile, code),
+        teardown=_teardown(request, python),
+        srun_args=SRUN_ARGUMENTS,
+        stderr_to_stdout=True,
+        wckey=None,
+        **_resources(request),
+    )
+    return executor
+
+
+def _resources(request: Request) -> dict[str, Any]:
+    """Of one job or array task, in submitit's names; what is empty in the profile is not asked for."""
+    profile, gpus = request.profile, request.needs_gpus
+    partition = profile.partition if gpus else profile.cpu_partition or profile.partition
+    share = 1 if gpus else profile.gpus_per_node
+    wanted: dict[str, Any] = {
+        "job_name": f"hpc-ddpm-{request.stage}-{request.run_dir.resolve().name}",
+        "partition": partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint if gpus else "",
+        "mem": profile.memory(request.ranks_per_node * share),
+        "dependency": request.dependency,
+    }
+    wanted = {name: value for name, value in wanted.items() if value} | {
+        "nodes": request.nodes,
+        "ntasks_per_node": request.ranks_per_node,
+        "cpus_per_task": profile.cpus_per_gpu * share,
+        "time": profile.time,
+        "signal_delay_s": profile.signal_delay_s,
+        "array_parallelism": profile.array_parallelism,
+        "additional_parameters": {"requeue": True, "kill_on_invalid_dep": "yes", **profile.sbatch},
+    }
+    if gpus:
+        wanted["gpus_per_node"] = f"{profile.gpu_type}:{request.ranks_per_node}".lstrip(":")
+    return wanted
+
+
+def _setup(profile: Profile, code: Path) -> list[str]:
+    variables = [f"export {name}={shlex.quote(str(value))}" for name, value in profile.environment.items()]
+    caches = [f'export {name}="{profile.scratch}/hpc_ddpm-$UID/{name.lower()}"' for name in CACHES]
+    return [
+        *(f"module load {shlex.quote(name)}" for name in profile.modules),
+        *profile.setup,
+        *variables,
+        *caches,
+        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun forgets --cpus-per-task since SLURM 22.05",
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+    ]
+
+
+def _teardown(request: Request, python: str) -> list[str]:
+    """A job that ends by itself within the grace time of a preemption counts as failed: it must requeue itself."""
+    profile = request.profile
+    limits = f"--max-requeues {profile.max_requeues} --max-crashes {profile.max_crashes}"
+    words = f"{shlex.quote(str(request.run_dir.resolve()))} {request.stage} $code {limits}"
+    return [
+        "code=$?",
+        f"if {python} -m launch.after_job {words}; then scontrol requeue $SLURM_JOB_ID; fi",
+        "exit $code",
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- local
+
+
+def _submit_local(request: Request, folder: Path, code: Path, job: StageJob) -> str:
+    """Ranks in the background that outlive this process; MASTER_PORT is a free one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **request.profile.environment,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
+        "MASTER_PORT": port,
+    }
+    executor = submitit.LocalExecutor(folder, python=f"{shlex.quote(sys.executable)} -P")
+    executor.update_parameters(
+        timeout_min=request.profile.hours * 60,
+        signal_delay_s=request.profile.signal_delay_s,
+        tasks_per_node=request.ranks_per_node,
+        gpus_per_node=request.ranks_per_node if request.needs_gpus else 0,
+        stderr_to_stdout=True,
+    )
+    with submitit.helpers.environment_variables(**environment), _output_to(folder / "local.log"):
+        return str(executor.submit(job).job_id)
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Children that start here must not hold this process's output open: whoever reads it would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    with path.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        for number, descriptor in enumerate(saved, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)

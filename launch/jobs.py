@@ -1,0 +1,97 @@
+"""What runs inside a submitted job: the same command as by hand. It carries its words and the run directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_ddpm.distributed import Ranks, detect_ranks
+from launch.records import add_event
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """A picklable call of one stage; returns when all is done, else exits with the code of the command."""
+
+    arguments: tuple[str, ...]
+    run_dir: str
+    cwd: str
+
+    def __call__(self) -> None:
+        """As one rank.
+
+        Submitit's handlers would checkpoint on rank 0 alone and swallow SIGTERM. Instead a signal ends the process,
+        except where a stage waits for it (`StopFlag`); `launch.after_job` then decides whether the job comes back.
+        """
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        os.chdir(self.cwd)
+        _export_local_ranks()
+        ranks = detect_ranks()
+        print(_describe(ranks), flush=True)
+        if ranks.is_main:
+            add_event(Path(self.run_dir), task_id(), _start(ranks))
+        code = run_command(self.arguments)
+        if ranks.is_main and ranks.started_by != "srun":
+            add_event(Path(self.run_dir), task_id(), {"event": "end", "time": time.time(), "code": code})
+        if code:
+            sys.stdout.flush()
+            sys.exit(code)
+
+
+def run_command(arguments: tuple[str, ...]) -> int:
+    """`hpc-ddpm ARGUMENTS` in this process; the exit code."""
+    from launch.cli import main
+
+    sys.argv = ["hpc-ddpm", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def task_id() -> str:
+    """Of the job or array task that this process belongs to."""
+    env = os.environ
+    if "SUBMITIT_LOCAL_JOB_ID" in env:
+        return env["SUBMITIT_LOCAL_JOB_ID"]
+    if "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]
+
+
+def _export_local_ranks() -> None:
+    """The facts of submitit's local executor, in the variables of torchrun; MASTER_PORT was chosen at submission."""
+    env = os.environ
+    if "SUBMITIT_LOCAL_NTASKS" in env:
+        env["RANK"] = env["LOCAL_RANK"] = env["SUBMITIT_LOCAL_GLOBALID"]
+        env["WORLD_SIZE"] = env["LOCAL_WORLD_SIZE"] = env["SUBMITIT_LOCAL_NTASKS"]
+        env["MASTER_ADDR"] = "127.0.0.1"
+
+
+def _start(ranks: Ranks) -> dict[str, object]:
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
+    return {
+        "event": "start",
+        "time": time.time(),
+        "restarts": restarts,
+        "nodes": nodes,
+        "world_size": ranks.world_size,
+    }
+
+
+def _describe(ranks: Ranks) -> str:
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    return (
+        f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}: local rank {ranks.local_rank}, "
+        f"{len(os.sched_getaffinity(0))} cores, CUDA_VISIBLE_DEVICES {gpus}"
+    )

@@ -1,0 +1,130 @@
+"""Cluster profiles: what a site wants to be told with every job, typed; shipped ones in `configs/cluster/`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from hpc_ddpm.config import Section, did_you_mean, presets_dir, read_yaml
+from hpc_ddpm.errors import ConfigError
+
+USER_FOLDER = Path("~/.config/hpc_ddpm/cluster")
+TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+
+
+def _check_time(value: Any) -> Any:
+    if isinstance(value, int):  # YAML 1.1 reads 8:00:00 as a number of base 60
+        return f"{value // 3600}:{value // 60 % 60:02}:{value % 60:02}"
+    if isinstance(value, str) and not TIME.fullmatch(value):
+        raise ValueError(f"'{value}' is no time; expected HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
+    return value
+
+
+class Profile(Section):
+    """How jobs are started on one cluster. A job has one task (rank) per GPU."""
+
+    executor: Literal["slurm", "local", "debug"] = "slurm"
+    """slurm: batch jobs. local: ranks on this machine, in the background. debug: in this process."""
+    partition: str = ""
+    cpu_partition: str = ""
+    """For packing, which needs no GPU; `partition` where empty."""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=1, ge=1)
+    gpu_type: str = ""
+    """As SLURM calls it, for example a100; any where empty."""
+    cpus_per_gpu: int = Field(default=4, ge=1)
+    memory_per_gpu: Annotated[str, Field(pattern=r"^([1-9]\d*[MGT])?$")] = ""
+    """Of the node, for example 60G; the site's default where empty. Packing takes that of all the node's GPUs."""
+    time: Annotated[str, BeforeValidator(_check_time)] = "24:00:00"
+    """Limit of one start; a job that needs more saves, requeues itself and goes on."""
+    array_parallelism: int = Field(default=64, ge=1)
+    """Tasks of an array that run at a time."""
+    signal_delay_s: int = Field(default=300, ge=1)
+    """Warning time before the limit, enough for a step and a checkpoint."""
+    max_requeues: int = Field(default=100, ge=0)
+    """Restarts of a job, for whatever reason, before it ends as failed."""
+    max_crashes: int = Field(default=3, ge=1)
+    """Crashes in a row without progress before a job ends as failed."""
+    modules: tuple[str, ...] = ()
+    """`module load` before everything else."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell before the command starts, for example the activation of an environment."""
+    container: str = ""
+    """Words before the Python interpreter, for example `apptainer exec --nv /images/torch.sif`."""
+    python: str = ""
+    """Interpreter on the nodes; the one that submits where empty."""
+    scratch: str = "${TMPDIR:-/tmp}"
+    """Folder on the node's own disk, for compilers' caches; the shell of the job expands it."""
+    environment: dict[str, str | int] = Field(default={})
+    """Variables of the job, for example NCCL_SOCKET_IFNAME."""
+    sbatch: dict[str, str | int | bool] = Field(default={})
+    """Any other `sbatch` option, without the dashes, for example {reservation: course}."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Profile:
+        if self.executor != "slurm" and self.nodes != 1:
+            raise ValueError(f"executor {self.executor} has one node, found nodes={self.nodes}")
+        return self
+
+    def memory(self, gpus: int) -> str:
+        """What so many GPUs of a node come with, as `sbatch --mem` takes it."""
+        amount, unit = self.memory_per_gpu[:-1], self.memory_per_gpu[-1:]
+        return f"{int(amount) * gpus}{unit}" if amount else ""
+
+    @property
+    def hours(self) -> float:
+        """The time limit."""
+        match = TIME.fullmatch(self.time)
+        assert match is not None
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return 24 * days + hours + minutes / 60 + seconds / 3600
+
+
+def list_profiles() -> dict[str, Path]:
+    """Names that `--cluster` accepts besides files; a user's own wins over a shipped one of the same name."""
+    folders = (presets_dir() / "cluster", USER_FOLDER.expanduser())
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_profile(source: str, changes: dict[str, Any] | None = None) -> Profile:
+    """A profile by name or file, with the changes of the command line (None is no change).
+
+    Raises:
+        ConfigError: no such profile, unknown key or wrong value; one line with place and nearest right name.
+    """
+    path = _find(source)
+    values, lines = read_yaml(path)
+    known = list(Profile.model_fields)
+    for key in values:
+        if key not in known:
+            near = did_you_mean(key, known) or f"; a profile has: {', '.join(known)}"
+            raise ConfigError(f"{path}:{lines[key]}: unknown setting '{key}'{near}")
+    given = {key: value for key, value in (changes or {}).items() if value is not None}
+    try:
+        return Profile.model_validate(values | given)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = str(problem["loc"][0]) if problem["loc"] else ""
+        place = f"--{key.replace('_', '-')}" if key in given else f"{path}:{lines.get(key, 1)}"
+        message = problem["msg"].removeprefix("Value error, ")
+        found = f"{key}={problem['input']!r}: " if problem["type"] != "value_error" else ""
+        raise ConfigError(f"{place}: {found}{message[0].lower()}{message[1:]}") from None
+
+
+def _find(source: str) -> Path:
+    path, profiles = Path(source), list_profiles()
+    if path.is_file():
+        return path
+    if source in profiles:
+        return profiles[source]
+    raise ConfigError(
+        f"no cluster profile called '{source}'{did_you_mean(source, list(profiles))}; give a YAML file, put one into "
+        f"{USER_FOLDER}{os.sep}, or use one of: {', '.join(profiles)}"
+    )

@@ -1,0 +1,124 @@
+"""What is known of submitted jobs, in the run directory: so that any login node, later, finds it.
+
+RUN/jobs/ID.json            one submission (a job or an array)
+RUN/jobs/TASK.events.jsonl  starts and ends of one job or array task
+RUN/jobs/TASK_RANK_log.out  what a rank printed, over all restarts
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.files import write_json
+
+FOLDER = "jobs"
+GPU_STAGES = ("train", "sample")
+"""Packing and pictures are work for the cores of a whole node."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One job or array as it was submitted."""
+
+    job_id: str
+    stage: str
+    """train, sample, pack or gallery."""
+    arguments: list[str]
+    """Of `hpc-ddpm`."""
+    run_dir: str
+    cwd: str
+    profile: dict[str, Any]
+    """All values."""
+    num_tasks: int
+    """Of the array; 0 is a plain job."""
+    nodes: int
+    """Of the job, or of each task."""
+    ranks_per_node: int
+    submitted: float
+    """Seconds since the epoch."""
+    host: str
+    git_commit: str | None
+
+    @property
+    def task_ids(self) -> list[str]:
+        """`123`, or `123_0`, `123_1`, ..."""
+        return [f"{self.job_id}_{task}" for task in range(self.num_tasks)] or [self.job_id]
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return Path(self.run_dir) / FOLDER
+
+    def events(self, task_id: str) -> list[dict[str, Any]]:
+        """Starts and ends of a task, oldest first."""
+        return read_events(Path(self.run_dir), task_id)
+
+    def log(self, task_id: str, rank: int = 0) -> Path:
+        """What a rank of a task printed."""
+        return self.folder / f"{task_id}_{rank}_log.out"
+
+    def write(self) -> None:
+        """Into the run directory."""
+        write_json(self.folder / f"{self.job_id}.json", asdict(self), indent=2)
+
+
+def read_submissions(run_dir: Path) -> list[Submission]:
+    """Of one run, oldest first; paths follow a run directory that was moved."""
+    found = []
+    for path in (run_dir / FOLDER).glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found.append(Submission(**(record | {"run_dir": str(run_dir.resolve())})))
+    return sorted(found, key=lambda submission: submission.submitted)
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """Run directories with submissions: these folders themselves, and two levels below."""
+    levels = ("", "*/", "*/*/")
+    found = {
+        path.parent.parent for folder in folders for level in levels for path in folder.glob(f"{level}jobs/*.json")
+    }
+    return sorted(found)
+
+
+def add_event(run_dir: Path, task_id: str, event: dict[str, Any]) -> None:
+    """Append a start or an end."""
+    path = run_dir / FOLDER / f"{task_id}.events.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+def read_events(run_dir: Path, task_id: str) -> list[dict[str, Any]]:
+    """Of one job or array task, oldest first; a torn line is left out."""
+    path = run_dir / FOLDER / f"{task_id}.events.jsonl"
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+@contextmanager
+def submitting(run_dir: Path) -> Iterator[None]:
+    """Only one process at a time submits for a run.
+
+    Raises:
+        ClusterError: another one does.
+    """
+    folder = run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ClusterError(f"{run_dir}: another `hpc-ddpm submit` is at work on it; wait a moment") from None
+        yield

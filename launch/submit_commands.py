@@ -1,0 +1,142 @@
+"""`hpc-ddpm submit STAGE ...`: check the request here, then start it on a cluster."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hpc_ddpm.errors import ConfigError
+from launch.profiles import Profile, load_profile
+
+REST = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+class Stage(StrEnum):
+    """What can be submitted."""
+
+    TRAIN = "train"
+    SAMPLE = "sample"
+    PACK = "pack"
+    PIPELINE = "pipeline"
+
+
+def submit(
+    context: typer.Context,
+    stage: Stage,
+    cluster: Annotated[str, typer.Option(help="Profile name or YAML file: local, debug, your own, ...")] = "local",
+    nodes: Annotated[int | None, typer.Option(help="Nodes, instead of the profile's.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs, so ranks, on each node.")] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="sample, pack: an array of so many, with one GPU (or node) each.")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Limit of one start, HOURS:MINUTES:SECONDS.")] = None,
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    qos: Annotated[str | None, typer.Option()] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the batch script and what it asks for.")] = False,
+) -> None:
+    """Run a stage as a job: survives preemption and time limits. All other words go to `hpc-ddpm STAGE`.
+
+    `pipeline` takes those of `pack`: it packs, trains, samples and draws the gallery, below --out.
+    """
+    changes = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time}
+    changes |= {"partition": partition, "account": account, "qos": qos}
+    profile = load_profile(cluster, changes)
+    if stage is Stage.PACK and partition is not None:
+        profile = profile.model_copy(update={"cpu_partition": partition})
+    if stage is Stage.PIPELINE:
+        from launch.pipeline import submit_pipeline
+
+        submit_pipeline(_parse("pack", context.args), profile, _shape("sample", profile, tasks), dry_run=dry_run)
+        return
+    submit_stage(stage.value, context.args, profile, tasks, dry_run=dry_run)
+
+
+def submit_stage(stage: str, words: list[str], profile: Profile, tasks: int | None, *, dry_run: bool) -> None:
+    """Check, then show or start."""
+    from launch.executor import Request, batch_script
+    from launch.executor import submit as start
+    from launch.jobs import run_command
+
+    given = _parse(stage, words)
+    command = (*(("sample", "run") if stage == "sample" else (stage,)), *words, "--quiet")
+    request = Request(stage, command, given["out"], profile, *_shape(stage, profile, tasks))
+    peak_gib = _check_training(given, request.world_size, with_memory=dry_run) if stage == "train" else None
+    if dry_run:
+        if profile.executor == "slurm":
+            typer.echo(batch_script(request))
+        typer.echo(f"command: hpc-ddpm {shlex.join(command)}\nrequest: {request.in_words}")
+        typer.echo(f"memory:  about {peak_gib:.1f} GiB per GPU at the peak" if peak_gib else "memory:  not estimated")
+        typer.echo("nothing was submitted (--dry-run)")
+        return
+    if profile.executor == "debug":
+        raise typer.Exit(run_command(command))
+    submission = start(request)
+    typer.echo(f"submitted job {submission.job_id}: {request.in_words}")
+    typer.echo(f"watch:  hpc-ddpm jobs show {request.run_dir}   hpc-ddpm jobs logs -f {request.run_dir}")
+
+
+def _parse(stage: str, words: list[str]) -> dict[str, Any]:
+    """The stage's own parameters; a wrong option is said here, not hours later in a log."""
+    from typer.main import get_command
+
+    from launch.cli import app
+
+    command: Any = get_command(app).commands[stage]  # type: ignore[attr-defined]
+    if stage == "sample":
+        command = command.commands["run"]
+    with command.make_context(stage, list(words)) as context:
+        return dict(context.params)
+
+
+def _shape(stage: str, profile: Profile, tasks: int | None) -> tuple[int, int, int]:
+    """Array tasks (0: a plain job), nodes and ranks per node, in the order of `Request`."""
+    if stage == "train":
+        if tasks is not None:
+            raise ConfigError("--tasks: a training is one job; use --nodes and --gpus-per-node")
+        return 0, profile.nodes, profile.gpus_per_node
+    if tasks is not None and profile.executor != "slurm":
+        raise ConfigError(f"--tasks needs a SLURM profile, this one is {profile.executor}; use --gpus-per-node")
+    if stage == "pack":
+        return _array(tasks, 1) if tasks else (0, profile.nodes, 1)
+    if profile.executor != "slurm":
+        return 0, 1, profile.gpus_per_node
+    return _array(tasks or profile.nodes * profile.gpus_per_node, profile.gpus_per_node)
+
+
+def _array(workers: int, most_per_task: int) -> tuple[int, int, int]:
+    """An array of single workers, or of fewer and larger tasks where the cluster's arrays are shorter."""
+    from launch.slurm import max_array_tasks
+
+    limit = max_array_tasks() or workers
+    if workers <= limit:
+        return (workers if workers > 1 else 0), 1, 1
+    ranks = min(most_per_task, -(-workers // limit))
+    num_tasks = min(limit, -(-workers // ranks))
+    typer.echo(
+        f"note: arrays of this cluster have {limit} tasks at most: {num_tasks} tasks of {ranks} rather than {workers}; "
+        "each goes on until all is done",
+        err=True,
+    )
+    return num_tasks, 1, ranks
+
+
+def _check_training(given: dict[str, Any], world_size: int, *, with_memory: bool) -> float | None:
+    """What would fail in the job fails here; the estimated peak in GiB where it is asked for."""
+    from launch.stages import resume_config
+
+    data = [f"data.path={given['data'].resolve()}"] if given["data"] else []
+    config = resume_config(given["out"], given["config"], [*(given["overrides"] or []), *data])
+    config.training.accumulation(world_size)
+    if not config.data.path or not Path(config.data.path).is_dir():
+        found = f"{config.data.path} is no folder" if config.data.path else "no data"
+        raise ConfigError(f"{found}: give --data PACKED, a folder made by `hpc-ddpm pack`")
+    if not with_memory:
+        return None
+    from launch.estimate import peak_gib
+
+    return peak_gib(config, world_size)

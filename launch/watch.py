@@ -1,0 +1,167 @@
+"""How submitted jobs stand: squeue first, sacct second, what the jobs themselves wrote last."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch import slurm
+from launch.records import Submission, read_submissions
+from launch.slurm import TaskState
+
+DONE = "COMPLETED"
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A submission and its tasks."""
+
+    submission: Submission
+    tasks: dict[str, TaskState]
+    """By id."""
+
+    @property
+    def live(self) -> list[str]:
+        """Ids of queued and running tasks."""
+        return [task for task, state in self.tasks.items() if state.is_live]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Ids of tasks that ended in another way than well."""
+        return [task for task, state in self.tasks.items() if not state.is_live and state.state != DONE]
+
+    @property
+    def in_words(self) -> str:
+        """`RUNNING`, or of an array `2 RUNNING, 6 COMPLETED`."""
+        counts = Counter(state.state for state in self.tasks.values())
+        if len(self.tasks) == 1:
+            return next(iter(counts))
+        return ", ".join(f"{count} {state}" for state, count in counts.most_common())
+
+    @property
+    def restarts(self) -> int:
+        """Over all tasks."""
+        events = (event for task in self.tasks for event in self.submission.events(task))
+        return sum(event["event"] == "start" and bool(event["restarts"]) for event in events)
+
+
+def look(submissions: Iterable[Submission]) -> list[JobState]:
+    """The state of every task, with one question to SLURM for all."""
+    submissions = list(submissions)
+    batch = [submission for submission in submissions if submission.profile["executor"] == "slurm"]
+    known = slurm.query(task for submission in batch for task in submission.task_ids)
+    return [JobState(submission, _states(submission, known)) for submission in submissions]
+
+
+def _states(submission: Submission, known: dict[str, TaskState]) -> dict[str, TaskState]:
+    tasks = submission.task_ids
+    forgotten = "CANCELLED" if any(task in known for task in tasks) else "UNKNOWN"
+    return {task: known.get(task) or _from_records(submission, task, forgotten) for task in tasks}
+
+
+def live_job(run_dir: Path) -> str | None:
+    """The id of a job of this run that is queued or runs."""
+    for job in reversed(look(read_submissions(run_dir))):
+        if job.live:
+            return job.submission.job_id
+    return None
+
+
+def _from_records(submission: Submission, task: str, forgotten: str) -> TaskState:
+    """Of local ranks, and of what SLURM has forgotten: at once, where an array's task is cancelled before its start."""
+    is_local = submission.profile["executor"] == "local"
+    if is_local and _is_controller_alive(submission):
+        return TaskState("RUNNING", format_duration(time.time() - submission.submitted), submission.host)
+    events = submission.events(task)
+    if not events:
+        return TaskState("FAILED" if is_local else forgotten)
+    last, nodes = events[-1], next((event["nodes"] for event in events if "nodes" in event), "")
+    elapsed = format_duration(last["time"] - submission.submitted)
+    if last["event"] == "start":
+        return TaskState("FAILED" if is_local else forgotten, elapsed, nodes)
+    if last["code"] in (128 + signal.SIGTERM, 128 + signal.SIGINT) and is_local:
+        return TaskState("CANCELLED", elapsed, nodes)
+    return TaskState(DONE if last["code"] == 0 else "FAILED", elapsed, nodes)
+
+
+def _is_controller_alive(submission: Submission) -> bool:
+    """Whether submitit's local controller of this run still runs; seen from its own machine only."""
+    if submission.host != socket.gethostname():
+        return False
+    try:
+        words = Path("/proc", submission.job_id, "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    return "submitit.local._local" in words and any(Path(word) == submission.folder for word in words)
+
+
+def format_duration(seconds: float) -> str:
+    """As SLURM does: hours:minutes:seconds."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+# ------------------------------------------------------------------------------------------------------ progress
+
+
+def progress(submission: Submission) -> dict[str, Any]:
+    """`done`, `total`, `unit`, `volumes_per_s` and `eta_s` of a run, as far as its directory tells."""
+    run = Path(submission.run_dir)
+    if submission.stage == "train":
+        return _training_progress(run)
+    if submission.stage == "sample":
+        return _sampling_progress(run)
+    return {}
+
+
+def _training_progress(run: Path) -> dict[str, Any]:
+    from hpc_ddpm.runlog import read_metrics
+
+    path = run / "config.json"
+    if not path.is_file():
+        return {}
+    training = json.loads(path.read_text(encoding="utf-8"))["training"]
+    step, rate = 0, None
+    for row in read_metrics(run):
+        step, rate = row["step"], row.get("volumes_per_s", rate)
+    left = (training["num_steps"] - step) * training["global_batch"]
+    return {
+        "done": step,
+        "total": training["num_steps"],
+        "unit": "steps",
+        "volumes_per_s": rate,
+        "eta_s": round(left / rate) if rate else None,
+    }
+
+
+def _sampling_progress(run: Path) -> dict[str, Any]:
+    from hpc_ddpm.errors import DataFormatError
+    from hpc_ddpm.sampling.status import read_status
+
+    try:
+        status = read_status(run)
+    except DataFormatError:
+        return {}
+    rate = status["volumes_per_hour"]
+    return {
+        "done": status["done"],
+        "total": status["planned"],
+        "unit": "volumes",
+        "volumes_per_s": rate / 3600 if rate else None,
+        "eta_s": status["eta_s"],
+    }
+
+
+def cancel(job: JobState) -> None:
+    """End it for good: SLURM's tasks, or the ranks of this machine, which save first."""
+    if job.submission.profile["executor"] == "slurm":
+        slurm.ask("scancel", job.submission.job_id)
+    else:
+        os.kill(int(job.submission.job_id), signal.SIGTERM)

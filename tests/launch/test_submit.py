@@ -1,0 +1,250 @@
+"""Profiles, the dry run, what comes back after an end, and jobs without SLURM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpc_ddpm.config import presets_dir
+from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.runlog import git_commit, read_metrics
+from launch.after_job import decide
+from launch.profiles import list_profiles, load_profile
+from launch.snapshot import take_snapshot
+from launch.watch import live_job
+from tests.conftest import REPOSITORY, TINY, rank_environment
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_shipped_profiles() -> None:
+    assert {name: load_profile(name).executor for name in list_profiles()} == {
+        "debug": "debug",
+        "devcluster": "slurm",
+        "example_dgx": "slurm",
+        "example_university": "slurm",
+        "local": "local",
+    }
+    wheel = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"]["configs"] == "hpc_ddpm/configs"
+    assert presets_dir() / "cluster" / "local.yaml" == list_profiles()["local"]
+
+
+def test_a_users_own_profile_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".config" / "hpc_ddpm" / "cluster"
+    folder.mkdir(parents=True)
+    (folder / "devcluster.yaml").write_text("partition: mine\ntime: 2-12:00:00\n")
+    profile = load_profile("devcluster", {"nodes": 3, "account": None})
+    assert (profile.partition, profile.hours, profile.nodes) == ("mine", 60, 3)
+    assert load_profile("example_university").partition == "gpu-preempt"
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "part"),
+    [
+        ("partition: a\npartitoin: b", {}, r"profile.yaml:2: unknown setting 'partitoin'; did you mean 'partition'"),
+        ("nodes: 1\ntime: 24h", {}, r"profile.yaml:2: '24h' is no time; expected HOURS:MINUTES:SECONDS"),
+        ("memory_per_gpu: 5 GB", {}, r"profile.yaml:1: memory_per_gpu='5 GB'"),
+        ("executor: local\nnodes: 2", {}, "executor local has one node, found nodes=2"),
+        ("partition: a", {"nodes": 0}, "--nodes: nodes=0: input should be greater than or equal to 1"),
+    ],
+)
+def test_mistakes_in_a_profile(tmp_path: Path, text: str, changes: dict[str, int], part: str) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=part):
+        load_profile(str(path), changes)
+
+
+def test_no_such_profile() -> None:
+    with pytest.raises(ConfigError, match=r"called 'devcluser'; did you mean 'devcluster'"):
+        load_profile("devcluser")
+
+
+# ------------------------------------------------------------------------------------------------------- dry run
+
+
+@pytest.fixture
+def laptop(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`hpc-ddpm ARGUMENTS` where there is no SLURM."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "launch.cli", *map(str, arguments)]
+        env = rank_environment() | {"PATH": str(empty)}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+
+    return run
+
+
+def test_a_dry_run_shows_script_and_request(laptop: Cli, tiny_packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    resources = ["--cluster", "example_dgx", "--nodes", "4", "--time", "1-00:00:00"]
+    words = ["--out", run, "--data", tiny_packed, *TINY, "training.global_batch=32"]
+    done = laptop("submit", "train", "--dry-run", *resources, *words)
+    assert done.returncode == 0, done.stderr
+    script, _, rest = done.stdout.partition("command: ")
+    wanted = {
+        "nodes=4",
+        "ntasks-per-node=8",
+        "gpus-per-node=h100:8",
+        "cpus-per-task=14",
+        "time=1-00:00:00",
+        "partition=gpu",
+        "account=my-project",
+        "requeue",
+        "open-mode=append",
+        "signal=USR2@300",
+        "reservation=my-course",
+        "mem=1920G",
+    }
+    assert wanted <= {line.removeprefix("#SBATCH --") for line in script.splitlines()}
+    for line in ("module load cuda/12.8", "export NCCL_SOCKET_IFNAME=ib0", "scontrol requeue $SLURM_JOB_ID", " -P -u "):
+        assert line in script
+    assert "4 nodes × 8 GPUs for at most 1-00:00:00 = 768 GPU-hours" in rest
+    assert "GiB per GPU at the peak" in rest
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert not run.exists()
+
+
+def test_packing_asks_for_no_gpu_and_sampling_is_an_array(laptop: Cli, tmp_path: Path) -> None:
+    common = ["--dry-run", "--cluster", "example_dgx", "--out", tmp_path / "out"]
+    pack = laptop("submit", "pack", tmp_path, *common, "--nodes", "2").stdout
+    assert "--partition=cpu" in pack
+    assert "--mem=1920G" in pack
+    assert "gpus" not in pack.partition("command:")[0]
+    assert "request: 2 nodes without GPUs" in pack
+    sample = laptop("submit", "sample", tmp_path, *common, "--tasks", "100", "--masks", tmp_path).stdout
+    assert "#SBATCH --array=0-99%64" in sample
+    assert "#SBATCH --gpus-per-node=h100:1" in sample
+    assert "#SBATCH --mem=240G" in sample
+    assert "100 tasks (64 at a time) × 1 node × 1 GPU for at most 2-00:00:00 = 4800 GPU-hours" in sample
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--cluster", "devcluster"], "no `sbatch` on this machine"),
+        (["--nodes", "0"], "--nodes: nodes=0"),
+        (["--cluster", "nowhere"], "no cluster profile called 'nowhere'"),
+        (["--gpus-per-node", "3"], "4 is not a multiple of micro_batch x ranks = 1 x 3"),
+        (["--tasks", "2"], "--tasks: a training is one job"),
+        (["training.zero_stag=1"], "did you mean 'training.zero_stage'"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_queued(
+    laptop: Cli, tiny_packed: Path, tmp_path: Path, arguments: list[str], part: str
+) -> None:
+    done = laptop("submit", "train", "--out", tmp_path / "run", "--data", tiny_packed, *TINY, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert part in done.stderr
+    assert not list((tmp_path / "run").glob("jobs/*.json"))
+    assert not list((tmp_path / "run").glob("jobs/*.pkl"))
+
+
+def test_what_slurm_refuses_is_one_line(laptop: Cli, tiny_packed: Path, tmp_path: Path) -> None:
+    """Its own word for an account that is not the user's; the development cluster, run by its owner, refuses none."""
+    said = "Batch job submission failed: Invalid account or account/partition combination specified"
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\necho 'sbatch: error: {said}' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    words = ["--out", tmp_path / "run", "--data", tiny_packed, *TINY]
+    done = laptop("submit", "train", "--cluster", "devcluster", "--account", "theirs", *words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (
+        "SLURM refuses the job: Invalid account or account/partition combination specified (asked for: " in done.stderr
+    )
+    assert "account theirs" in done.stderr
+    assert not list((tmp_path / "run").glob("jobs/*.pkl"))
+
+
+def test_a_job_runs_the_code_that_was_submitted(tmp_path: Path) -> None:
+    code = take_snapshot(tmp_path / "jobs")
+    assert take_snapshot(tmp_path / "jobs") == code
+    show = "import hpc_ddpm, launch.cli; from hpc_ddpm import config; print(hpc_ddpm.__file__, launch.cli.__file__, "
+    show += "config.presets_dir(), __import__('hpc_ddpm.runlog').runlog.git_commit())"
+    env = rank_environment() | {"PYTHONPATH": str(code)}
+    done = subprocess.run([sys.executable, "-P", "-c", show], env=env, capture_output=True, text=True, check=True)
+    package, launch, presets, commit = done.stdout.split()
+    assert all(Path(place).is_relative_to(code) for place in (package, launch, presets))
+    assert Path(presets, "cluster", "local.yaml").is_file()
+    assert commit == str(git_commit() or "unknown")
+
+
+# ------------------------------------------------------------------------------------------------ after the end
+
+
+def crash(mark: str, code: int = 137) -> dict[str, object]:
+    return {"event": "end", "code": code, "mark": mark}
+
+
+@pytest.mark.parametrize(
+    ("code", "ends", "restarts", "comes_back", "part"),
+    [
+        (0, [], 0, False, "done"),
+        (2, [], 0, False, "the log of rank 0"),
+        (143, [], 9, True, "stopped by SIGTERM"),
+        (140, [crash("a", 140)] * 8, 8, True, "stopped by SIGUSR2"),
+        (143, [], 10, False, "max_requeues"),
+        (137, [], 0, True, "a rank was lost"),
+        (137, [crash("a"), crash("a")], 2, False, "crashed 3 times without progress"),
+        (137, [crash("0"), crash("a")], 2, True, "a rank was lost"),
+        (137, [crash("a"), crash("a"), crash("a", 143)], 3, True, "a rank was lost"),
+    ],
+)
+def test_what_comes_back(code: int, ends: list[dict[str, object]], restarts: int, comes_back: bool, part: str) -> None:
+    found, why = decide(code, "a", ends, restarts, max_requeues=10, max_crashes=3)
+    assert found == comes_back
+    assert part in why
+
+
+# --------------------------------------------------------------------------------------------------- this machine
+
+
+@pytest.mark.slow
+def test_local_ranks_in_the_background(cli: Cli, tiny_packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--out", run, "--data", tiny_packed, *TINY]
+    submitted = cli("submit", "train", "--cluster", "local", *words)
+    assert submitted.returncode == 0, submitted.stderr
+    job = live_job(run)
+    assert job is not None
+    assert f"job {job} is queued or runs already" in cli("submit", "train", *words).stderr
+    assert cli("jobs", "wait", run).returncode == 0, cli("jobs", "logs", run).stdout
+    facts = json.loads(cli("jobs", "show", run, "--json").stdout)
+    assert (facts["state"], facts["ranks"], facts["progress"]["done"]) == ("COMPLETED", 2, 6)
+    assert "rank 1 of 2" in cli("jobs", "logs", run, "--rank", "1").stdout
+    assert len(list(read_metrics(run))) == 6
+    assert "all of job" in cli("jobs", "retry", run).stderr
+    assert json.loads((run / "provenance.json").read_text())["git_commit"] == facts["commit"]
+
+
+@pytest.mark.slow
+def test_a_cancelled_local_training_has_saved(cli: Cli, tiny_packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--out", run, "--data", tiny_packed, *TINY, "training.num_steps=100000"]
+    assert cli("submit", "train", "--gpus-per-node", "1", *words).returncode == 0
+    while not any(read_metrics(run)):
+        assert live_job(run), cli("jobs", "logs", run).stdout
+    assert cli("jobs", "cancel", run).returncode == 0
+    assert cli("jobs", "wait", run).returncode == 2
+    assert "stopped by SIGTERM at step" in cli("jobs", "logs", run).stdout
+    assert "CANCELLED" in cli("jobs", "ls", tmp_path).stdout
+    assert list((run / "checkpoints").iterdir())
+
+
+def test_debug_runs_in_this_process(cli: Cli, tmp_path: Path) -> None:
+    done = cli("submit", "train", "--cluster", "debug", "--out", tmp_path / "run", *TINY)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "no data: give --data PACKED" in done.stderr
+    assert "no job was submitted for it" in cli("jobs", "show", tmp_path).stderr
+    assert not any(tmp_path.iterdir())
