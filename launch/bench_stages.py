@@ -1,4 +1,4 @@
-"""`hpc-ddpm bench train|sample` as one rank runs it: join the others, make the data, call the library, report."""
+"""`hpc-ddpm bench train|sample|tune` as one rank runs it: join the others, make the data, call the library, report."""
 
 from __future__ import annotations
 

@@ -63,19 +63,21 @@ def bench_train(
     config = config.model_copy(update={"training": config.training.model_copy(update=changes)})
     ceilings = measure_ceilings(device, DTYPES[precision])
     logs: list[Mapping[str, float]] = []
-    meters: list[Energy] = []
+    energy, joules = Energy(device), None
 
     def on_log(step: int, values: Mapping[str, float]) -> None:
-        if "step_time_s" in values:
-            logs.append(values)
-            on_repeat(len(logs), total)
-        if len(logs) == warm_up and not meters:
-            meters.append(Energy(device))
+        nonlocal energy, joules
+        if "step_time_s" not in values:
+            return
+        logs.append(values)
+        if len(logs) == warm_up:
+            energy = Energy(device)
+        joules = energy.joules()  # before the last checkpoint is written
+        on_repeat(len(logs), total)
 
     train(config, run_dir, ranks, device, on_log=on_log)
     if not ranks.is_main:
         return {}
-    joules = meters[0].joules()
     policy = _policy(config, run_dir)
     counted, excluded = choose_counted(logs, warm_up)
     per_rank = config.training.global_batch / ranks.world_size
