@@ -13,7 +13,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +31,8 @@ FAILED = 1000
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 KNOWN_BAD_CUDNN = range(90_800, 91_100)
 """bf16 conv3d gives wrong results in these cuDNN versions (pytorch#163539)."""
+BAD_CPU_DEPTH = 2
+"""bf16 weight gradients of conv3d hold uninitialised memory at this depth (seen in PyTorch 2.13, AVX512-BF16)."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -260,14 +262,26 @@ def local_device(ranks: Ranks) -> torch.device:
     return torch.device("cuda", index)
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
+def resolve_precision(precision: str, device: torch.device, depths: Sequence[int] = ()) -> str:
     """`auto` to `bf16` where the device computes it fast and right, else `fp32`.
 
+    Args:
+        precision: as set.
+        device: of this rank.
+        depths: for training, voxels along Z at every level of the network.
+
     Raises:
-        ConfigError: bf16 asked for where cuDNN is known to compute it wrongly.
+        ConfigError: bf16 asked for where cuDNN, or PyTorch on a CPU, is known to compute it wrongly.
     """
     import torch
 
+    if device.type == "cpu" and BAD_CPU_DEPTH in depths:
+        if precision == "bf16":
+            raise ConfigError(
+                f"a level of the network is {BAD_CPU_DEPTH} voxels deep (Z), where PyTorch computes bf16 weight "
+                "gradients wrongly on CPUs; set training.precision=fp32, or another data.size or fewer levels"
+            )
+        return "fp32" if precision == "auto" else precision
     cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
     is_bad = cudnn is not None and cudnn in KNOWN_BAD_CUDNN
     if precision == "bf16" and is_bad:

@@ -68,7 +68,7 @@ def tune_stage(config: Config, out: Path, world_size: int, memory_gib: float | N
     from hpc_ddpm.model.planner import GIB
 
     device = local_device(Ranks())
-    precision = resolve_precision(config.training.precision, device)
+    precision = resolve_precision(config.training.precision, device, config.training_depths)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     budget = free if memory_gib is None else int(memory_gib * GIB)
     with progress_bar("tuning", show=show_progress) as update:

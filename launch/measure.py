@@ -16,7 +16,7 @@ from hpc_ddpm.model.unet3d import build_unet
 
 def measure_policies(config: Config, device: torch.device) -> dict[str, dict[str, Any]]:
     """Policy -> predicted and measured GiB of one volume's forward and backward, without weights and gradients."""
-    dtype = DTYPES[resolve_precision(config.training.precision, device)]
+    dtype = DTYPES[resolve_precision(config.training.precision, device, config.training_depths)]
     rows = {}
     for policy in POLICIES:
         chosen = with_policy(config, policy)

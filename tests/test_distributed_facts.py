@@ -133,3 +133,11 @@ def test_the_environment_is_as_before_the_group(monkeypatch: pytest.MonkeyPatch)
     with process_group(Ranks()):
         assert os.environ["RANK"] == "0"
     assert dict(os.environ) == before
+
+
+def test_bf16_is_not_used_where_cpus_compute_it_wrongly() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu, [8, 4, 2]) == resolve_precision("fp32", cpu, [8, 4, 2]) == "fp32"
+    assert resolve_precision("bf16", cpu, [8, 4, 1]) == "bf16"
+    with pytest.raises(ConfigError, match=r"2 voxels deep .*set training\.precision=fp32"):
+        resolve_precision("bf16", cpu, [8, 4, 2])

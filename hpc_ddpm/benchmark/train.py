@@ -51,7 +51,7 @@ def bench_train(
     Raises:
         ConfigError: see `train`.
     """
-    precision = resolve_precision(config.training.precision, device)
+    precision = resolve_precision(config.training.precision, device, config.training_depths)
     warm_up = -(-LEAST_WARM_UP[device.type] // steps_per_repeat)
     total = warm_up + repeats
     changes = {

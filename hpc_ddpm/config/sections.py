@@ -514,6 +514,11 @@ class Config(Section):
             raise ValueError("sampling.guidance_scale != 1 needs diffusion.condition_dropout > 0 in training")
         return self
 
+    @property
+    def training_depths(self) -> list[int]:
+        """Voxels along Z of what the network is trained on, at each of its levels."""
+        return [self.data.training_shape[0] // 2**level for level in range(len(self.model.channel_multipliers))]
+
     def dump(self) -> dict[str, Any]:
         """Plain values, as stored in a run directory."""
         return self.model_dump(mode="json")

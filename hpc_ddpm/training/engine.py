@@ -63,7 +63,7 @@ class Engine:
         training = config.training
         self.ranks = ranks
         self.training = training
-        self.precision = resolve_precision(training.precision, device)
+        self.precision = resolve_precision(training.precision, device, config.training_depths)
         self.settings = deepspeed_config(training, ranks.world_size, self.precision)
         deepspeed = import_deepspeed(device)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes up the group that is there

@@ -29,7 +29,7 @@ def settle_memory(config: Config, run_dir: Path, ranks: Ranks, device: torch.dev
     is_auto = config.model.activation_checkpointing == "auto"
     if not is_auto and _is_far_below_index_limit(config):
         return config
-    precision = resolve_precision(config.training.precision, device)
+    precision = resolve_precision(config.training.precision, device, config.training_depths)
     planner = Planner(config, ranks.world_size, precision, device.type)
     planner.check_indexing()
     if not is_auto:
