@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ from tests.conftest import REPOSITORY
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
-def test_the_format_example_reads_a_packed_dataset(tiny_packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_format_example_reads_a_packed_dataset(
+    tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (REPOSITORY / "docs" / "format.md").read_text()
     example = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[-1]
-    monkeypatch.chdir(tiny_packed.parent)
+    shutil.copytree(tiny_packed, tmp_path / "packed")  # HDF5 opens no file twice with other locking
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(example, names)
     assert names["image"].shape == (1, 16, 16, 16)

@@ -29,7 +29,7 @@ def test_the_parts_are_found_and_add_up(torchrun: Torchrun, tiny_packed: Path, t
         assert head.startswith(f"{1 if name == 'late' else 2} steps on rank 0 (cpu), ")
         parts = {row.split()[0]: float(row.split()[1]) for row in rows[: len(PARTS)]}
         assert tuple(parts) == PARTS
-        assert all(seconds > 0 for seconds in parts.values()), (name, parts)
+        assert all(seconds > 0 for part, seconds in parts.items() if part != "other"), (name, parts)
         step_s = float(head.split()[-3])
         beside = parts["communication"] if parts["other"] == 0 else 0
         assert sum(parts.values()) - beside <= step_s + 0.001, (name, parts)

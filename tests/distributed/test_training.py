@@ -151,11 +151,11 @@ def test_fp16_resumes_with_its_loss_scale(torchrun: Torchrun, tiny_packed: Path,
     def settings(stage: int, steps: int) -> list[str]:
         return [f"training.zero_stage={stage}", "training.precision=fp16", f"training.num_steps={steps}"]
 
-    whole = {tmp_path / f"whole-{stage}": settings(stage, 12) for stage in (1, 2, 3)}
-    parts = {tmp_path / f"parts-{stage}": settings(stage, 6) for stage in (1, 2, 3)}
+    whole = {tmp_path / f"whole-{stage}": settings(stage, 12) for stage in (1, 3)}
+    parts = {tmp_path / f"parts-{stage}": settings(stage, 6) for stage in (1, 3)}
     run_all(torchrun, 2, whole | parts, tiny_packed)
-    run_all(torchrun, 2, {tmp_path / f"parts-{stage}": settings(stage, 12) for stage in (1, 2, 3)}, tiny_packed)
-    for stage in (1, 2, 3):
+    run_all(torchrun, 2, {tmp_path / f"parts-{stage}": settings(stage, 12) for stage in (1, 3)}, tiny_packed)
+    for stage in (1, 3):
         facts = [read_manifest(tmp_path / f"{name}-{stage}/checkpoints/step_00000012") for name in ("whole", "parts")]
         assert facts[0]["loss_scaler"] == facts[1]["loss_scaler"]
         assert facts[0]["loss_scaler"]["cur_scale"] < 2**24, "no overflow: the test shows nothing"
@@ -206,7 +206,7 @@ def test_bf16_trains_with_fp32_masters(torchrun: Torchrun, tiny_packed: Path, tm
 @pytest.mark.slow
 def test_bf16_curve_stays_near_that_of_fp32(torchrun: Torchrun, tiny_packed: Path, tmp_path: Path) -> None:
     """300 steps, means over 50."""
-    settings = ["training.num_steps=300", "training.learning_rate=1e-3"]
+    settings = ["training.num_steps=300", "training.learning_rate=1e-3", "training.micro_batch=4"]
     jobs = {tmp_path / precision: [*settings, f"training.precision={precision}"] for precision in ("fp32", "bf16")}
     run_all(torchrun, 1, jobs, tiny_packed)
     means = [torch.tensor(losses(run)).unflatten(0, (-1, 50)).mean(1) for run in jobs]

@@ -22,7 +22,7 @@ from tests.sampling.harness import generate_under_fire
 
 @pytest.mark.slow
 def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
-    num_volumes = int(os.environ.get("HPC_DDPM_HARNESS_VOLUMES", "200"))
+    num_volumes = int(os.environ.get("HPC_DDPM_HARNESS_VOLUMES", "100"))
     outcome = generate_under_fire(tmp_path, num_volumes)
     assert outcome.killed >= 5
     assert outcome.problems == ()
