@@ -73,7 +73,7 @@ def environment(packages: Iterable[str] = (), gpu: dict[str, Any] | None = None)
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
-        "os": platform.platform(),
+        "os": _operating_system(),
         "load_average": round(os.getloadavg()[0], 2),
         "gpu": gpu,
     }
@@ -139,3 +139,9 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _operating_system() -> str:
+    """Kernel version and C library, without what a site has added to their names."""
+    release = platform.release().partition("-")[0]
+    return f"{platform.system()} {release}, {' '.join(platform.libc_ver())}"
