@@ -20,6 +20,8 @@ from zlib_ng import zlib_ng
 
 FLETCHER32, LZ4, ZSTD = 3, 32004, 32015
 FLETCHER32_BYTES = 4
+READ_BYTES = 1 << 18
+"""Asked for at once. Linux reads ahead of many small reads, but not of one large one (docs/benchmarks/data.md)."""
 VOLUMES = ("image", "mask")
 UNDECODABLE = (OSError, ValueError, KeyError, RuntimeError, struct.error, cramjam.DecompressionError)
 
@@ -68,18 +70,22 @@ class OpenShard:
 
     def _decode(self, offset: int, size: int, filters: list[int], out: memoryview) -> None:
         """One chunk. Its Fletcher-32, at the end, is not looked at: the CRC-32 checks more, and what was decoded."""
-        trailer = bytearray(FLETCHER32_BYTES if filters[-1:] == [FLETCHER32] else 0)
-        compression = filters[: len(filters) - bool(trailer)]
-        data = _scratch(size - len(trailer)) if compression else out
-        if len(data) + len(trailer) != size or os.preadv(self._descriptor, [data, trailer], offset) != size:
+        if filters[-1:] == [FLETCHER32]:
+            filters, size = filters[:-1], size - FLETCHER32_BYTES
+        data = _scratch(size) if filters else out
+        if len(data) != size:
             raise ValueError("wrong size")
-        if compression == [LZ4]:
+        for begin in range(0, size, READ_BYTES):
+            part = data[begin : begin + READ_BYTES]
+            if os.preadv(self._descriptor, [part], offset + begin) != len(part):
+                raise ValueError("wrong size")
+        if filters == [LZ4]:
             _decode_lz4(data, out)
-        elif compression == [ZSTD]:
+        elif filters == [ZSTD]:
             if cramjam.zstd.decompress_into(data, out) != len(out):
                 raise ValueError("wrong size")
-        elif compression:
-            raise ValueError(f"HDF5 filters {compression} are not of this format")
+        elif filters:
+            raise ValueError(f"HDF5 filters {filters} are not of this format")
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def test_report_of_a_synthetic_subject(tmp_path: Path, no_peers: None) -> None:
         "WebDataset": "webdataset",
         "MONAI PersistentDataset": "monai",
     }
-    disciplines = {("warm", None), ("cold", None), ("warm", 0), ("warm", 2)}
+    disciplines = {("written", None), ("cold", None), ("warm", None), ("warm", 0), ("warm", 2)}
     found: dict[tuple[str, str], set[tuple[str, int | None]]] = {}
     for row in report["rows"]:
         found.setdefault((row["stage"], row["contestant"]), set()).add((row["cache"], row["workers"]))

@@ -1,11 +1,14 @@
-"""Workers that are killed at random and started again: `python tests/sampling/harness.py OUT [VOLUMES]`.
+"""Workers that are killed at random and started again: `python tests/sampling/harness.py OUT [VOLUMES] [--array]`.
 
-Prints how long it took, how many workers were killed, and whether the set is what one undisturbed process makes.
+`--array` makes them tasks of an array on the development cluster, which `SLURM_CONF` names. Prints how long it took,
+how many workers were killed, and whether the set is what one undisturbed process makes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -20,7 +23,7 @@ from hpc_ddpm.sampling.verify import verify_set
 from tests.conftest import rank_environment
 from tests.sampling.conftest import QUICK, save_random_weights, voxels
 
-NUM_WORKERS, NUM_MASKS = 4, 10
+NUM_WORKERS, NUM_MASKS, NUM_TASKS = 4, 10, 8
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,16 @@ class Outcome:
     is_identical: bool
 
 
-def generate_under_fire(folder: Path, num_volumes: int, seed: int = 0) -> Outcome:
-    """The same set by killed workers and by one process that is left alone."""
+def generate_under_fire(folder: Path, num_volumes: int, seed: int = 0, *, as_array: bool = False) -> Outcome:
+    """The same set by killed workers, here or on the cluster, and by one process that is left alone."""
     weights = save_random_weights(folder / "weights", load_config(None, QUICK).config)
     masks = write_phantoms(folder / "masks", NUM_MASKS, (16, 16, 16), seed=1) / "mask"
-    command = [sys.executable, "-m", "launch.cli", "sample", str(weights), "--masks", str(masks), "--quiet"]
-    command += ["--replicas", str(num_volumes // NUM_MASKS), "--out"]
+    words = [str(weights), "--masks", str(masks), "--quiet", "--replicas", str(num_volumes // NUM_MASKS), "--out"]
+    run_workers = _run_array if as_array else _run_workers
     began = time.monotonic()
-    killed = _run_workers([*command, str(folder / "fire")], num_volumes, folder / "fire", random.Random(seed))
+    killed = run_workers([*words, str(folder / "fire")], num_volumes, folder / "fire", random.Random(seed))
     middle = time.monotonic()
-    subprocess.run([*command, str(folder / "calm")], env=rank_environment(), check=True, stdout=subprocess.DEVNULL)
+    _cli("sample", *words, str(folder / "calm"))
     return Outcome(
         num_volumes,
         killed,
@@ -53,16 +56,30 @@ def generate_under_fire(folder: Path, num_volumes: int, seed: int = 0) -> Outcom
     )
 
 
-def _run_workers(command: list[str], num_volumes: int, out: Path, dice: random.Random) -> int:
+def _environment() -> dict[str, str]:
+    return rank_environment() | {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
+
+
+def _cli(*words: str) -> str:
+    command = [sys.executable, "-m", "launch.cli", *words]
+    return subprocess.run(command, env=_environment(), check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def _count_done(out: Path) -> int:
+    return len(list((out / "sidecar").glob("[!.]*.json"))) if (out / "sidecar").is_dir() else 0
+
+
+def _run_workers(words: list[str], num_volumes: int, out: Path, dice: random.Random) -> int:
     """Start workers, kill one every few seconds and start another, until all volumes are there."""
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, env=rank_environment(), stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "launch.cli", "sample", *words]
+        return subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL)
 
     workers, killed, next_kill = [start() for _ in range(NUM_WORKERS)], 0, 0
     while any(worker.poll() is None for worker in workers):
         time.sleep(dice.uniform(0.2, 0.6))
-        done = len(list((out / "sidecar").glob("[!.]*.json"))) if (out / "sidecar").is_dir() else 0
+        done = _count_done(out)
         if next_kill <= done < num_volumes:  # every few seconds, and never so often that nobody gets to work
             victim = dice.choice(workers)
             workers.remove(victim)
@@ -76,11 +93,32 @@ def _run_workers(command: list[str], num_volumes: int, out: Path, dice: random.R
     return killed
 
 
+def _run_array(words: list[str], num_volumes: int, out: Path, dice: random.Random) -> int:
+    """Submit an array, kill two of its tasks on the way, wait for the others, submit the lost ones again."""
+    submit = ["submit", "sample", "--cluster", "devcluster", "--tasks", str(NUM_TASKS)]
+    job = _cli(*submit, *words).split("job ", 1)[1].split(":")[0]
+    victims = dice.sample(range(NUM_TASKS), 2)
+    for number, victim in enumerate(victims, start=1):
+        while _count_done(out) < num_volumes * number // 4:
+            time.sleep(0.5)
+        subprocess.run(["scancel", "--signal=KILL", f"{job}_{victim}"], env=_environment(), check=True)
+    wait = [sys.executable, "-m", "launch.cli", "jobs", "wait", str(out)]
+    subprocess.run(wait, env=_environment(), check=False)  # fails, as two tasks did
+    _cli("jobs", "retry", str(out))
+    subprocess.run(wait, env=_environment(), check=True)
+    return len(victims)
+
+
 def _files(out: Path) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.nii.gz")}
 
 
 if __name__ == "__main__":
-    outcome = generate_under_fire(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1000)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("volumes", type=int, nargs="?", default=1000)
+    parser.add_argument("--array", action="store_true")
+    options = parser.parse_args()
+    outcome = generate_under_fire(options.out, options.volumes, as_array=options.array)
     print(json.dumps(asdict(outcome), indent=2))
     sys.exit(0 if outcome.is_identical and not outcome.problems else 1)

@@ -55,6 +55,7 @@ def ours(name: str, packed: Path, note: str) -> Contestant:
     def open_() -> Read:
         dataset = VolumeDataset(packed)
         batch = dataset.new_batch([0])
+        dataset.fill(batch, 0)  # opens the shard
 
         def read() -> Volumes:
             dataset.fill(batch, 0)

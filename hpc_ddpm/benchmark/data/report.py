@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hpc_ddpm.benchmark.data.contestants import NETWORK, OURS, STORED
+from hpc_ddpm.benchmark.data.run import CACHES
 from hpc_ddpm.benchmark.record import Report, describe, table
 
 Rows = list[dict[str, Any]]
@@ -15,8 +16,10 @@ STAGES = {
 }
 HOW = (
     "All contestants read the same subject in turns, in one run; times are medians with 10th and 90th percentile, "
-    "ratios are of medians. Warm: the files are in the operating system's cache. Cold: dropped from it before every "
-    "read with `posix_fadvise(DONTNEED)`; a disk's or a hypervisor's own cache may still help. CPU is the time of all "
+    "ratios are of medians. Written: in the operating system's cache as the writer left them, in the large pages "
+    "that fresh files get. Cold: open, but dropped from the cache before every read with `posix_fadvise(DONTNEED)`; a "
+    "disk's or a hypervisor's own cache may still help. Warm: in the cache as the contestant's own last cold read left "
+    "them, as in every epoch after the first. CPU is the time of all "
     "threads of the process. MB/s counts the decoded integers. Workers are threads for hpc_ddpm and processes of "
     "torch's DataLoader for the others; 0 is the loader without any, and the first volume of every worker is not "
     "counted. A memory map is made anew for each read, as for every new subject of a dataset; `kept` reads the same "
@@ -51,10 +54,10 @@ def _what(settings: dict[str, Any]) -> str:
 
 
 def _alone(rows: Rows) -> str:
-    """Warm and cold, without a loader."""
+    """Of each state of the cache, without a loader."""
     lines = []
     for name, by in _by_contestant(row for row in rows if row["workers"] is None).items():
-        warm, cold = by["warm", None], by["cold", None]
+        written, cold, warm = (by[cache, None] for cache in CACHES)
         lines.append(
             [
                 name,
@@ -63,12 +66,26 @@ def _alone(rows: Rows) -> str:
                 f"{warm['times_ours']:.2f}",
                 _spread(cold["ms"]),
                 f"{cold['times_ours']:.2f}",
+                _spread(written["ms"]),
+                f"{written['times_ours']:.2f}",
                 _number(warm["cpu_ms"]["median"]),
                 f"{warm['mb_per_s']:.0f}",
                 _number(warm["volumes_per_s"]),
             ]
         )
-    header = ["contestant", "how", "warm ms", "× ours", "cold ms", "× ours", "CPU ms", "warm MB/s", "volumes/s"]
+    header = [
+        "contestant",
+        "how",
+        "warm ms",
+        "× ours",
+        "cold ms",
+        "× ours",
+        "written ms",
+        "× ours",
+        "CPU ms",
+        "warm MB/s",
+        "volumes/s",
+    ]
     return table(header, lines)
 
 

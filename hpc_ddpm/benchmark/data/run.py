@@ -20,6 +20,8 @@ from hpc_ddpm.benchmark.record import Report, environment, new_report
 from hpc_ddpm.benchmark.timing import Timing, spread, take_turns, timed
 from hpc_ddpm.config import DataConfig
 
+CACHES = ("written", "cold", "warm")
+"""In this order: what `warm` finds in the cache was read by the contestant itself, as in a second epoch."""
 WORKERS = (0, 1, 2, 4)
 MB = 1e6
 MIN_TURN_S = 0.3
@@ -38,7 +40,7 @@ def bench_data(
     workers: Sequence[int] | None = None,
     progress: Progress = lambda done, total, note: None,
 ) -> Report:
-    """Read one subject in every way, warm, cold, and with workers.
+    """Read one subject in every way, from each state of the cache, and with workers.
 
     Args:
         config: of the subject; of a synthetic one where neither `data` nor `source` is given.
@@ -60,7 +62,7 @@ def bench_data(
         contestants, missing = build_contestants(sample, folder, med_ddpm)
         os.sync()  # what is not on the disk yet cannot be dropped from the cache
         with_workers = max(3, repeats // 3)
-        total = len(contestants) * (2 * (repeats + 1) + len(workers) * (with_workers + 1))
+        total = len(contestants) * (len(CACHES) * (repeats + 1) + len(workers) * (with_workers + 1))
         done = iter(range(1, total + 1))
 
         def on_turn(key: str) -> None:
@@ -84,11 +86,11 @@ def bench_data(
 def _in_this_process(
     contestants: Iterable[Contestant], repeats: int, on_turn: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """One row for each contestant, warm and cold."""
+    """One row for each contestant and cache: as its writer left it; dropped; as its own last read from disk left it."""
     rows = []
-    for cache in ("warm", "cold"):
+    for cache in CACHES:
         turns = {
-            _key(contestant): partial(timed, contestant.open()) if cache == "warm" else partial(_cold, contestant)
+            _key(contestant): partial(_cold, contestant) if cache == "cold" else partial(timed, contestant.open())
             for contestant in contestants
         }
         timings = take_turns(turns, repeats, on_turn)
@@ -122,7 +124,7 @@ def _key(contestant: Contestant) -> str:
 
 
 def _cold(contestant: Contestant) -> Timing:
-    """Reading once after what was opened has been dropped from the operating system's cache."""
+    """Reading once after the files, which are open, have been dropped from the operating system's cache."""
     read = contestant.open()
     for path in contestant.files:
         descriptor = os.open(path, os.O_RDONLY)
