@@ -97,11 +97,15 @@ def _run_array(words: list[str], num_volumes: int, out: Path, dice: random.Rando
     """Submit an array, kill two of its tasks on the way, wait for the others, submit the lost ones again."""
     submit = ["submit", "sample", "--cluster", "devcluster", "--tasks", str(NUM_TASKS)]
     job = _cli(*submit, *words).split("job ", 1)[1].split(":")[0]
-    victims = dice.sample(range(NUM_TASKS), 2)
-    for number, victim in enumerate(victims, start=1):
+    running = ["squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i", "--jobs", job]
+    victims: set[str] = set()
+    for number in (1, 2):
         while _count_done(out) < num_volumes * number // 4:
             time.sleep(0.5)
-        subprocess.run(["scancel", "--signal=KILL", f"{job}_{victim}"], env=_environment(), check=True)
+        found = subprocess.run(running, env=_environment(), check=True, stdout=subprocess.PIPE, text=True).stdout
+        victim = dice.choice(sorted({*found.split()} - victims))
+        subprocess.run(["scancel", "--signal=KILL", victim], env=_environment(), check=True)
+        victims.add(victim)
     wait = [sys.executable, "-m", "launch.cli", "jobs", "wait", str(out)]
     subprocess.run(wait, env=_environment(), check=False)  # fails, as two tasks did
     _cli("jobs", "retry", str(out))
