@@ -94,23 +94,29 @@ def _run_workers(words: list[str], num_volumes: int, out: Path, dice: random.Ran
 
 
 def _run_array(words: list[str], num_volumes: int, out: Path, dice: random.Random) -> int:
-    """Submit an array, kill two of its tasks on the way, wait for the others, submit the lost ones again."""
+    """Submit an array, kill one of its running tasks every few seconds, submit lost ones again until all are there."""
     submit = ["submit", "sample", "--cluster", "devcluster", "--tasks", str(NUM_TASKS)]
-    job = _cli(*submit, *words).split("job ", 1)[1].split(":")[0]
-    running = ["squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i", "--jobs", job]
-    victims: set[str] = set()
-    for number in (1, 2):
-        while _count_done(out) < num_volumes * number // 4:
-            time.sleep(0.5)
-        found = subprocess.run(running, env=_environment(), check=True, stdout=subprocess.PIPE, text=True).stdout
-        victim = dice.choice(sorted({*found.split()} - victims))
-        subprocess.run(["scancel", "--signal=KILL", victim], env=_environment(), check=True)
-        victims.add(victim)
-    wait = [sys.executable, "-m", "launch.cli", "jobs", "wait", str(out)]
-    subprocess.run(wait, env=_environment(), check=False)  # fails, as two tasks did
-    _cli("jobs", "retry", str(out))
-    subprocess.run(wait, env=_environment(), check=True)
-    return len(victims)
+    job, killed, next_kill = _job(_cli(*submit, *words)), 0, 0
+    while _count_done(out) < num_volumes:
+        time.sleep(dice.uniform(0.2, 0.6))
+        if not _tasks(job, "PENDING,RUNNING,COMPLETING"):
+            job = _job(_cli("jobs", "retry", str(out)))
+        done, running = _count_done(out), _tasks(job, "RUNNING")
+        if next_kill <= done < num_volumes and running:
+            kill = ["scancel", "--signal=KILL", dice.choice(running)]
+            killed += subprocess.run(kill, env=_environment(), check=False).returncode == 0
+            next_kill = done + max(1, num_volumes // 40)
+    subprocess.run([sys.executable, "-m", "launch.cli", "jobs", "wait", str(out)], env=_environment(), check=False)
+    return killed
+
+
+def _job(said: str) -> str:
+    return said.split("job ", 1)[1].split(":")[0]
+
+
+def _tasks(job: str, states: str) -> list[str]:
+    command = ["squeue", "--noheader", "--array", f"--states={states}", "--format=%i", "--jobs", job]
+    return subprocess.run(command, env=_environment(), check=True, stdout=subprocess.PIPE, text=True).stdout.split()
 
 
 def _files(out: Path) -> dict[str, bytes]:
