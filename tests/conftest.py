@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ import pytest
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.phantom import write_phantoms
+from hpc_ddpm.distributed import _free_port
+from tests.forks import Fork, Server
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: tests share cores with others
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -65,9 +70,19 @@ def rank_environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HPC_DDPM_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture(scope="session")
-def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python ARGUMENTS` on n ranks and return the finished process."""
+def fork() -> Iterator[Callable[..., Fork]]:
+    """Start `python ARGUMENTS` without waiting: torch and DeepSpeed are loaded already, all else is a new process."""
+    with Server(rank_environment()) as server:
+        yield partial(Fork, server)
+
+
+@pytest.fixture(scope="session")
+def real_torchrun() -> Run:
+    """Run `python ARGUMENTS` on n ranks under torchrun and return the finished process."""
 
     def run(
         num_ranks: int, *arguments: str | Path, timeout_s: int = 300, **variables: str
@@ -80,14 +95,49 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+def torchrun_variables(num_ranks: int) -> list[dict[str, str]]:
+    """What torchrun tells each rank."""
+    everyone = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    everyone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    each = [everyone | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(num_ranks)]
+    return [{name: str(value) for name, value in variables.items()} for variables in each]
+
+
 @pytest.fixture(scope="session")
-def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+def torchrun(fork: Callable[..., Fork]) -> Run:
+    """As `real_torchrun` does, with ranks that need not load torch and DeepSpeed first."""
+
+    def run(num_ranks: int, *arguments: str | Path, timeout_s: int = 300) -> subprocess.CompletedProcess[str]:
+        return _finish(fork, list(map(str, arguments)), torchrun_variables(num_ranks), timeout_s)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cli(fork: Callable[..., Fork]) -> Run:
     """Run `hpc-ddpm ARGUMENTS` as one process."""
 
     def run(*arguments: str | Path, timeout_s: int = 300) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "launch.cli", *map(str, arguments)]
-        return subprocess.run(
-            command, env=rank_environment(), capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        return _finish(fork, ["-m", "launch.cli", *map(str, arguments)], [{}], timeout_s)
 
     return run
+
+
+def _finish(
+    fork: Callable[..., Fork], arguments: list[str], variables: list[dict[str, str]], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """One process for each of `variables`. As launchers do, end all soon after one has failed."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        ranks = [fork(arguments, rank_environment() | each, stdout, stderr) for each in variables]
+        deadline = time.monotonic() + timeout_s
+        while None in (codes := [rank.poll() for rank in ranks]):
+            if any(codes):
+                deadline = min(deadline, time.monotonic() + 5)
+            if time.monotonic() > deadline:
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.01)
+        for file in (stdout, stderr):
+            file.seek(0)
+        code = next(filter(None, codes), 0)
+        return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())

@@ -40,7 +40,7 @@ def test_the_curve_is_the_same_however_it_is_fed(torchrun: Callable, tiny_packed
 
 @pytest.mark.slow
 def test_no_room_is_one_line(
-    torchrun: Callable[..., subprocess.CompletedProcess[str]],
+    real_torchrun: Callable[..., subprocess.CompletedProcess[str]],
     tiny_packed: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -57,7 +57,7 @@ def test_no_room_is_one_line(
         "    os.environ['SCRATCH'] = os.environ['SCRATCH'] + '-0'\n"
         "main()\n"
     )
-    done = torchrun(
+    done = real_torchrun(
         2,
         tmp_path / "ranks.py",
         "train",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hpc_ddpm.training.guards import SPIKE_SCORE, SpikeDetector
 from tests.conftest import TINY
 from tests.distributed.test_kills import finish, start
 from tests.distributed.test_training import RUNS, Torchrun, losses
+from tests.forks import Fork
 
 WAYS = {
     f"{precision}-{stage}": [f"training.precision={precision}", f"training.zero_stage={stage}"]
@@ -114,7 +116,9 @@ def test_bad_steps_in_a_row_roll_back(torchrun: Torchrun, tiny_packed: Path, tmp
 
 
 @pytest.mark.slow
-def test_a_damaged_volume_ends_all_ranks_with_one_line(tiny_packed: Path, tmp_path: Path) -> None:
+def test_a_damaged_volume_ends_all_ranks_with_one_line(
+    fork: Callable[..., Fork], tiny_packed: Path, tmp_path: Path
+) -> None:
     """No launcher is there to end the other rank, which has nothing damaged to read."""
     packed = tmp_path / "packed"
     shutil.copytree(tiny_packed, packed)
@@ -126,7 +130,7 @@ def test_a_damaged_volume_ends_all_ranks_with_one_line(tiny_packed: Path, tmp_pa
         stream.seek(chunk.byte_offset)
         stream.write(b"\xff" * 16)
     run = tmp_path / "run"
-    assert finish(run, start(run, packed)) == [2, 2]
+    assert finish(run, start(fork, run, packed)) == [2, 2]
     lines = [(run / f"stderr-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     told = [line for line in lines[0] if "warning" not in line]
     assert len(told) == 1

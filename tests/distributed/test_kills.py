@@ -5,41 +5,36 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hpc_ddpm.checkpoint import latest_checkpoint
-from hpc_ddpm.distributed import _free_port
 from hpc_ddpm.runlog import read_metrics
-from tests.conftest import TINY, rank_environment
+from tests.conftest import TINY, rank_environment, torchrun_variables
+from tests.forks import Fork
 
 KILLS = int(os.environ.get("HPC_DDPM_KILLS", "3"))
 """20 is the claim; each takes about ten seconds."""
 STEPS = 20 + 10 * KILLS
 
 
-def start(run: Path, packed: Path, num_ranks: int = 2) -> list[subprocess.Popen[str]]:
+def start(fork: Callable[..., Fork], run: Path, packed: Path, num_ranks: int = 2) -> list[Fork]:
     """The ranks of `hpc-ddpm train`, as a launcher starts them, with their output in files beside the run."""
     run.mkdir(parents=True, exist_ok=True)
-    port = str(_free_port())
     settings = [f"training.num_steps={STEPS}", "training.checkpoint_every_steps=5", "training.log_every_steps=3"]
     settings += ["training.learning_rate=1e-3", "training.keep_checkpoints=2", "training.keep_every_steps=50"]
-    command = [sys.executable, "-m", "launch.cli", "train", "--out", str(run), "--data", str(packed), "-q"]
+    command = ["-m", "launch.cli", "train", "--out", str(run), "--data", str(packed), "-q"]
     processes = []
-    for rank in range(num_ranks):
-        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = rank_environment() | {key: str(value) for key, value in here.items()} | meeting
-        with (run / f"stderr-{rank}.txt").open("w") as stderr:
-            processes.append(subprocess.Popen([*command, *TINY, *settings], env=environment, stderr=stderr, text=True))
+    for rank, variables in enumerate(torchrun_variables(num_ranks)):
+        with (run / f"stdout-{rank}.txt").open("w") as stdout, (run / f"stderr-{rank}.txt").open("w") as stderr:
+            processes.append(fork([*command, *TINY, *settings], rank_environment() | variables, stdout, stderr))
     return processes
 
 
-def finish(run: Path, processes: list[subprocess.Popen[str]]) -> list[int]:
+def finish(run: Path, processes: list[Fork]) -> list[int]:
     """Exit codes. As launchers do, end the others a while after one has died: they may be waiting to meet it."""
     deadline = time.monotonic() + 600
     while any(process.poll() is None for process in processes):
@@ -55,14 +50,14 @@ def finish(run: Path, processes: list[subprocess.Popen[str]]) -> list[int]:
     return codes
 
 
-def kill(processes: list[subprocess.Popen[str]], chance: random.Random) -> None:
+def kill(processes: list[Fork], chance: random.Random) -> None:
     """SIGKILL to one rank or to all, or SIGTERM to one or to all."""
     number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
     for process in chance.choice([processes, [chance.choice(processes)]]):
         process.send_signal(number)
 
 
-def wait_for_progress(run: Path, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for_progress(run: Path, processes: list[Fork]) -> None:
     """Until this start has logged steps of its own."""
     path = run / "metrics.jsonl"
     began = time.time()
@@ -74,12 +69,14 @@ def wait_for_progress(run: Path, processes: list[subprocess.Popen[str]]) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_at_random_moments_the_loss_sequence_is_the_same(tiny_packed: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_the_loss_sequence_is_the_same(
+    fork: Callable[..., Fork], tiny_packed: Path, tmp_path: Path
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert finish(whole, start(whole, tiny_packed)) == [0, 0]
+    assert finish(whole, start(fork, whole, tiny_packed)) == [0, 0]
     chance = random.Random(0)
     for _ in range(KILLS):
-        processes = start(killed, tiny_packed)
+        processes = start(fork, killed, tiny_packed)
         if chance.random() < 0.8:
             wait_for_progress(killed, processes)
             time.sleep(chance.uniform(0, 1.5))
@@ -87,7 +84,7 @@ def test_killed_at_random_moments_the_loss_sequence_is_the_same(tiny_packed: Pat
             time.sleep(chance.uniform(0, 5))
         kill(processes, chance)
         finish(killed, processes)
-    assert finish(killed, start(killed, tiny_packed)) == [0, 0]
+    assert finish(killed, start(fork, killed, tiny_packed)) == [0, 0]
     losses = [[row["loss"] for row in read_metrics(run)] for run in (whole, killed)]
     assert len(losses[0]) == STEPS
     assert losses[0] == losses[1]

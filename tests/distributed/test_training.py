@@ -164,7 +164,7 @@ def test_fp16_resumes_with_its_loss_scale(torchrun: Torchrun, tiny_packed: Path,
 
 
 @pytest.mark.slow
-def test_zero3_holds_less_than_zero1(torchrun: Torchrun, tmp_path: Path) -> None:
+def test_zero3_holds_less_than_zero1(real_torchrun: Torchrun, tmp_path: Path) -> None:
     """The large preset, narrower: peak memory of each rank over construction, a step and the save."""
     settings = ["data.size=[16,16,16]", "data.fit=resize", "data.num_workers=0", "data.val_fraction=0"]
     settings += [f"model.base_channels={LARGE_CHANNELS}", "training.num_steps=1", "training.global_batch=2"]
@@ -178,7 +178,7 @@ def test_zero3_holds_less_than_zero1(torchrun: Torchrun, tmp_path: Path) -> None
         overrides = [*settings, f"data.path={tmp_path / 'packed'}", f"training.zero_stage={stage}"]
         job = {"run": str(run), "preset": "brats_192_large", "overrides": overrides}
         (tmp_path / "plan.json").write_text(json.dumps([job]))
-        done = torchrun(2, RUNS, tmp_path / "plan.json", **GIVE_BACK_WHAT_IS_FREED)
+        done = real_torchrun(2, RUNS, tmp_path / "plan.json", **GIVE_BACK_WHAT_IS_FREED)
         assert done.returncode == 0, done.stderr[-3000:]
         peaks[stage] = [float((run / f"peak-{rank}.txt").read_text()) for rank in range(2)]
         shutil.rmtree(run / "checkpoints")
@@ -243,32 +243,34 @@ def test_every_preset_packs_and_trains(torchrun: Torchrun, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(cli: Callable, tiny_packed: Path, tmp_path: Path) -> None:
-    overrides = [*TINY, "training.num_steps=120", "training.checkpoint_every_steps=1000"]
+def test_sigterm_saves_and_the_same_command_goes_on(
+    cli: Callable, fork: Callable, tiny_packed: Path, tmp_path: Path
+) -> None:
+    overrides = [*TINY, "training.num_steps=60", "training.checkpoint_every_steps=1000"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     arguments = ["--data", str(tiny_packed), "-q", *overrides]
     assert cli("train", "--out", whole, *arguments).returncode == 0
-    command = [sys.executable, "-m", "launch.cli", "train", "--out", str(stopped), *arguments]
-    process = subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: len(list(read_metrics(stopped))) >= 3)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM" in output
-    assert 0 < len(losses(stopped)) < 120
+    command = ["-m", "launch.cli", "train", "--out", str(stopped), *arguments]
+    with (tmp_path / "output.txt").open("w+") as output:
+        process = fork(command, rank_environment(), output, output)
+        wait_for(lambda: len(list(read_metrics(stopped))) >= 3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in (tmp_path / "output.txt").read_text()
+    assert 0 < len(losses(stopped)) < 60
     assert cli("train", "--out", stopped, *arguments).returncode == 0
     assert losses(stopped) == losses(whole)
 
 
 @pytest.mark.slow
-def test_sigkill_leaves_a_run_that_resumes(cli: Callable, tiny_packed: Path, tmp_path: Path) -> None:
+def test_sigkill_leaves_a_run_that_resumes(cli: Callable, fork: Callable, tiny_packed: Path, tmp_path: Path) -> None:
     overrides = [*TINY, "training.num_steps=30", "training.checkpoint_every_steps=2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["--data", str(tiny_packed), "-q", *overrides]
     assert cli("train", "--out", whole, *arguments).returncode == 0
     for attempt in range(3):
-        command = [sys.executable, "-m", "launch.cli", "train", "--out", str(killed), *arguments]
-        process = subprocess.Popen(command, env=rank_environment())
+        command = ["-m", "launch.cli", "train", "--out", str(killed), *arguments]
+        process = fork(command, rank_environment(), sys.stdout, sys.stderr)
         wait_for(lambda: len(list(read_metrics(killed))) >= 7 * (attempt + 1))  # noqa: B023
         process.kill()
         process.wait()

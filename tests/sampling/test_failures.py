@@ -23,6 +23,7 @@ from hpc_ddpm.sampling import write
 from hpc_ddpm.sampling.folder import SampleFolder
 from hpc_ddpm.sampling.status import read_status
 from tests.conftest import rank_environment
+from tests.forks import Fork
 from tests.sampling.conftest import QUICK, Generate, Run, save_random_weights, sidecars, voxels
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -122,16 +123,17 @@ def test_too_little_room(generate_set: Generate, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_a_stop_signal_gives_the_volume_back(weights: Path, heads: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_stop_signal_gives_the_volume_back(
+    weights: Path, heads: Path, tmp_path: Path, cli: Cli, fork: Callable[..., Fork]
+) -> None:
     words = ["sample", weights, "--out", tmp_path, "--masks", heads, "-q", "sampling.num_steps=50"]
-    command = [sys.executable, "-m", "launch.cli", *map(str, words)]
-    with subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, text=True) as process:
+    with (tmp_path / "output.txt").open("w+") as output:
+        process = fork(["-m", "launch.cli", *map(str, words)], rank_environment(), output, output)
         while not (tmp_path / "sidecar").exists():
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by signal 15, the same command goes on" in said
+        assert process.wait(120) == 128 + signal.SIGTERM
+    assert "stopped by signal 15, the same command goes on" in (tmp_path / "output.txt").read_text()
     assert not list((tmp_path / ".sample" / "claims").iterdir())
     assert not list((tmp_path / ".sample" / "writers").iterdir())
     assert 1 <= len(sidecars(tmp_path)) < 5
