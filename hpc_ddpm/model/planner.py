@@ -156,10 +156,11 @@ class Planner:
             ConfigError: none fits.
         """
         micro_batch = self.config.training.micro_batch
-        plans = [self.plan(policy, micro_batch) for policy in POLICIES]
-        for plan in plans:
-            if plan.total <= USABLE * budget:
-                return plan
+        plans = []
+        for policy in POLICIES:
+            plans.append(self.plan(policy, micro_batch))
+            if plans[-1].total <= USABLE * budget:
+                return plans[-1]
         least = min(plans, key=lambda plan: plan.total)
         raise ConfigError(
             f"training.micro_batch={micro_batch} needs {least.total / GIB:.1f} GiB with activation checkpointing "
