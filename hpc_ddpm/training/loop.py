@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from hpc_ddpm.training.profiling import DATA, OPTIMIZER, Profiler
 from hpc_ddpm.training.profiling import FOLDER as PROFILE
 from hpc_ddpm.training.saver import Saver
 from hpc_ddpm.training.validation import Validation
+from hpc_ddpm.training.watchdog import Watchdog
 
 START_FILE = "start.json"
 OnLog = Callable[[int, Mapping[str, float]], None]
@@ -55,6 +56,7 @@ def train(
     device: torch.device,
     on_log: OnLog = lambda step, values: None,
     on_stage: Progress = lambda done, total: None,
+    stop: StopFlag | None = None,
 ) -> TrainResult:
     """Train to `config.training.num_steps`, or until a stop signal; all ranks call it inside a process group.
 
@@ -66,6 +68,7 @@ def train(
         device: of this rank.
         on_log: called on rank 0 after every step, with the numbers of the step where they were logged.
         on_stage: called with (shards, all shards) while shards are copied to `config.data.stage_dir`.
+        stop: one that has been listening already.
 
     Raises:
         ConfigError: the configuration contradicts the packed dataset or the number of ranks, or does not fit.
@@ -84,7 +87,7 @@ def train(
     dataset = VolumeDataset(all_or_none(partial(stage, config.data, on_stage)), "train")
     if config.data.cache == "ram":
         dataset.keep_in_ram()
-    with StopFlag() as stop:
+    with nullcontext(stop) if stop else StopFlag() as stop:
         while True:
             try:
                 step, stopped_by = _train_from(folder, config, dataset, run_dir, ranks, device, stop, on_log)
@@ -118,6 +121,7 @@ def _train_from(
     if training.preview_every_steps:
         previews = all_or_none(partial(Previews, config, packed, run_dir, ranks, device))
     with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(run_dir, ranks.rank, training.hang_timeout_s))
         engine = stack.enter_context(closing(Engine(config, ranks, device, folder)))
         if ranks.is_main:
             settings = {"given": engine.settings, "resolved": engine.resolved_settings}
@@ -145,6 +149,7 @@ def _train_from(
             except DivergedError:
                 saver.finish()
                 raise
+            watchdog.beat(f"step {step}")
             seen = {} if stopped_by else _look(engine, validation, previews, training, step, log, meter)
             is_last = step == training.num_steps or bool(stopped_by)
             is_save = is_last or (step % training.checkpoint_every_steps == 0 and not guard.bad_in_a_row)
@@ -161,6 +166,7 @@ def _train_from(
                     log.scalars(logged_step, values)
                     on_log(logged_step, values)
             if is_save:
+                watchdog.beat(f"step {step}, before a checkpoint")
                 facts = {"config_digest": config.digest(), **engine.facts()}
                 background = training.async_checkpoints and not is_last
                 saver.save(step, facts, engine.pieces(), background=background)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,17 @@ KILLS = int(os.environ.get("HPC_DDPM_KILLS", "3"))
 STEPS = 20 + 10 * KILLS
 
 
-def start(run: Path, packed: Path, num_ranks: int = 2) -> list[subprocess.Popen[str]]:
+def start(run: Path, packed: Path, settings: Sequence[str] = ()) -> list[subprocess.Popen[str]]:
     """The ranks of `hpc-ddpm train`, as a launcher starts them, with their output in files beside the run."""
     run.mkdir(parents=True, exist_ok=True)
     port = str(_free_port())
-    settings = [f"training.num_steps={STEPS}", "training.checkpoint_every_steps=5", "training.log_every_steps=3"]
+    num_ranks = 2
+    settings = [
+        *settings,
+        f"training.num_steps={STEPS}",
+        "training.checkpoint_every_steps=5",
+        "training.log_every_steps=3",
+    ]
     settings += ["training.learning_rate=1e-3", "training.keep_checkpoints=2", "training.keep_every_steps=50"]
     command = [sys.executable, "-m", "launch.cli", "train", "--out", str(run), "--data", str(packed), "-q"]
     processes = []
