@@ -33,7 +33,7 @@ KNOWN_BAD_CUDNN = range(90_800, 91_100)
 """bf16 conv3d gives wrong results in these cuDNN versions (pytorch#163539)."""
 BAD_CPU_DEPTH = 2
 """bf16 weight gradients of conv3d hold uninitialised memory at this depth (seen in PyTorch 2.13, AVX512-BF16)."""
-LOST = re.compile(r"Connection (closed by peer|reset|refused)|[Tt]imed out|NCCL error|NCCL communicator|gloo/transport")
+LOST = re.compile(r"Connection (closed by peer|reset|refused)|[Tt]imed out|[Tt]imeout|NCCL (error|communicator)")
 """How torch says that another rank is gone."""
 TIMEOUT_S = 1800.0
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -390,6 +390,14 @@ class StopFlag:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """What goes wrong on this rank alone, and the user can mend, is kept for `agreed`."""
+        try:
+            yield
+        except HpcDdpmError as error:
+            self.failure = error
 
     def agreed(self, device: torch.device) -> int:
         """The largest signal number that any rank has seen, 0 for none; a collective.

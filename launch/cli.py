@@ -125,6 +125,17 @@ def estimate(
     estimate_command(source, overrides or [], gpu, nodes * gpus_per_node, measure=measure, as_json=as_json)
 
 
+@app.command(rich_help_panel="Tools")
+def report(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of `submit pipeline`: packed, run, synthetic.")],
+    quiet: Quiet = False,
+) -> None:
+    """One page about a pipeline: pictures beside the real volumes, loss, figures, where the time went."""
+    from launch.pipeline import report_stage
+
+    typer.echo(str(report_stage(out, show_progress=not quiet)))
+
+
 @weights_app.command("import")
 def weights_import(
     source: Annotated[Path, typer.Argument(help="A published Med-DDPM .pt file.")],

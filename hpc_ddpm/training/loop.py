@@ -21,9 +21,10 @@ from hpc_ddpm.diffusion.gaussian import training_loss
 from hpc_ddpm.diffusion.schedules import Schedule, build_schedule
 from hpc_ddpm.distributed import Ranks, StopFlag, all_or_none
 from hpc_ddpm.errors import ConfigError
-from hpc_ddpm.files import write_json
+from hpc_ddpm.files import write_json, writing_to
 from hpc_ddpm.runlog import RunLog
 from hpc_ddpm.training.engine import Engine, learning_rate
+from hpc_ddpm.training.faults import Fault
 from hpc_ddpm.training.feed import Feed
 from hpc_ddpm.training.guards import DivergedError, SpikeDetector, StepGuard, count_rollbacks, roll_back
 from hpc_ddpm.training.memory import settle_memory
@@ -113,7 +114,7 @@ def _train_from(
     stopped_by = 0
     schedule = build_schedule(config.diffusion).to(device)
     guard = StepGuard(training.max_bad_steps, start, tell=ranks.is_main)
-    spikes = SpikeDetector()
+    spikes, fault = SpikeDetector(), Fault(ranks)
     packed = dataset.packed.path
     validation, previews = None, None
     if training.validate_every_steps:
@@ -137,7 +138,7 @@ def _train_from(
         while step < training.num_steps and not stopped_by:
             rate = learning_rate(training, step)
             with profiler.step(step - start + 1):
-                loss = _one_step(engine, feed, config, schedule, step, rate, meter)
+                loss = _one_step(engine, feed, config, schedule, step, rate, meter, fault)
             if engine.has_stepped and (step + 1) % training.ema_every_steps == 0:
                 engine.ema.update()
             step += 1
@@ -163,18 +164,20 @@ def _train_from(
                 for logged_step, values in meter.flush(extra):
                     if ranks.is_main:
                         values |= spikes.watch(logged_step, values["loss"])
-                    log.scalars(logged_step, values)
+                    with stop.failing(), writing_to(run_dir):
+                        log.scalars(logged_step, values)
                     on_log(logged_step, values)
             if is_save:
                 watchdog.beat(f"step {step}, before a checkpoint")
                 facts = {"config_digest": config.digest(), **engine.facts()}
                 background = training.async_checkpoints and not is_last
                 saver.save(step, facts, engine.pieces(), background=background)
+        stop.agreed(device)  # nothing has failed on any rank
     return step, stopped_by
 
 
 def _one_step(
-    engine: Engine, feed: Feed, config: Config, schedule: Schedule, step: int, rate: float, meter: Meter
+    engine: Engine, feed: Feed, config: Config, schedule: Schedule, step: int, rate: float, meter: Meter, fault: Fault
 ) -> torch.Tensor:
     """One optimizer step; the detached mean loss of this rank."""
     losses = []
@@ -185,6 +188,7 @@ def _one_step(
                 batch = feed.read()
             x_start, condition, draw = feed.prepare(batch, step, micro_step)
         loss = training_loss(engine.deepspeed, x_start, condition, draw, schedule, config.diffusion, off_value).mean()
+        loss = fault.harm(loss, step + 1)
         engine.backward(loss)
         with record_function(OPTIMIZER):
             engine.step(rate)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_kills import finish, start, wait_for_progress
+from tests.distributed.test_kills import finish, start, stderr_of, wait_for_progress
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ def test_a_hanging_rank_ends_the_others_with_the_reason(tiny_packed: Path, tmp_p
     wait_for_progress(run, processes)
     processes[1].send_signal(signal.SIGSTOP)
     assert finish(run, processes) == [75, -signal.SIGKILL]
-    said = (run / "stderr-0.txt").read_text()
+    said = stderr_of(run, 0).read_text()
     assert "hpc-ddpm: rank 0: nothing was done in the 8 s (training.hang_timeout_s) after step" in said
     stacks = (run / "stacks-of-rank-00000.txt").read_text()
     assert "in agreed" in stacks or "in backward" in stacks, stacks
@@ -30,7 +30,8 @@ def test_a_killed_rank_is_named_by_the_others(tiny_packed: Path, tmp_path: Path)
     processes = start(run, tiny_packed)
     wait_for_progress(run, processes)
     processes[1].kill()
+    processes[1].wait()
     assert processes[0].wait(timeout=120) == 75
-    (line,) = (run / "stderr-0.txt").read_text().splitlines()
+    (line,) = stderr_of(run, 0).read_text().splitlines()
     assert line.startswith("hpc-ddpm: another rank died or hangs (Connection ")
     assert not list(run.glob("stacks-*"))

@@ -25,7 +25,6 @@ STEPS = 20 + 10 * KILLS
 
 def start(run: Path, packed: Path, settings: Sequence[str] = ()) -> list[subprocess.Popen[str]]:
     """The ranks of `hpc-ddpm train`, as a launcher starts them, with their output in files beside the run."""
-    run.mkdir(parents=True, exist_ok=True)
     port = str(_free_port())
     num_ranks = 2
     settings = [
@@ -41,9 +40,14 @@ def start(run: Path, packed: Path, settings: Sequence[str] = ()) -> list[subproc
         here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = rank_environment() | {key: str(value) for key, value in here.items()} | meeting
-        with (run / f"stderr-{rank}.txt").open("w") as stderr:
+        with stderr_of(run, rank).open("w") as stderr:
             processes.append(subprocess.Popen([*command, *TINY, *settings], env=environment, stderr=stderr, text=True))
     return processes
+
+
+def stderr_of(run: Path, rank: int) -> Path:
+    """What a rank says."""
+    return run.with_name(f"{run.name}-stderr-{rank}.txt")
 
 
 def finish(run: Path, processes: list[subprocess.Popen[str]]) -> list[int]:
@@ -57,8 +61,8 @@ def finish(run: Path, processes: list[subprocess.Popen[str]]) -> list[int]:
                 process.kill()
         time.sleep(0.1)
     codes = [process.wait() for process in processes]
-    for path in run.glob("stderr-*.txt"):
-        assert "terminate called" not in path.read_text(), path.read_text()[-3000:]
+    for rank in range(len(processes)):
+        assert "terminate called" not in stderr_of(run, rank).read_text(), stderr_of(run, rank).read_text()[-3000:]
     return codes
 
 
