@@ -20,7 +20,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from hpc_ddpm.errors import ClusterError, ConfigError, HpcDdpmError
+from hpc_ddpm.errors import ClusterError, ConfigError, HpcDdpmError, LostRankError
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,9 @@ KNOWN_BAD_CUDNN = range(90_800, 91_100)
 """bf16 conv3d gives wrong results in these cuDNN versions (pytorch#163539)."""
 BAD_CPU_DEPTH = 2
 """bf16 weight gradients of conv3d hold uninitialised memory at this depth (seen in PyTorch 2.13, AVX512-BF16)."""
+LOST = re.compile(r"Connection (closed by peer|reset|refused)|[Tt]imed out|[Tt]imeout|NCCL (error|communicator)")
+"""How torch says that another rank is gone."""
+TIMEOUT_S = 1800.0
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -161,18 +164,19 @@ def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> i
 
 
 @contextmanager
-def process_group(ranks: Ranks, timeout_min: float = 30.0) -> Iterator[torch.device]:
+def process_group(ranks: Ranks, timeout_s: float = TIMEOUT_S) -> Iterator[torch.device]:
     """Join all ranks (nccl on GPUs, gloo on CPU) and yield this rank's device; leaves the group at the end.
 
     Raises:
         ClusterError: the ranks did not meet, or fewer GPUs than ranks on this node.
+        LostRankError: another rank left, or did not come to a collective within `timeout_s`.
     """
     import torch
     import torch.distributed as dist
 
     device = local_device(ranks)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=timeout_min)
+    timeout = timedelta(seconds=timeout_s)
     environment = dict(os.environ)
     try:
         if ranks.world_size == 1:
@@ -193,6 +197,13 @@ def process_group(ranks: Ranks, timeout_min: float = 30.0) -> Iterator[torch.dev
     try:
         yield device
         dist.barrier()  # nobody leaves while another still talks to it
+    except RuntimeError as error:
+        found = LOST.search(str(error))
+        if found is None or ranks.world_size == 1:
+            raise
+        raise LostRankError(
+            f"another rank died or hangs ({found.group()}); the same command goes on from what is saved"
+        ) from error
     finally:
         gc.collect()  # engines in reference cycles hold communication threads
         if dist.is_initialized():
@@ -379,6 +390,14 @@ class StopFlag:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """What goes wrong on this rank alone, and the user can mend, is kept for `agreed`."""
+        try:
+            yield
+        except HpcDdpmError as error:
+            self.failure = error
 
     def agreed(self, device: torch.device) -> int:
         """The largest signal number that any rank has seen, 0 for none; a collective.

@@ -7,6 +7,7 @@ Every other exception is a bug of ours and keeps its traceback (exit code 1).
 class HpcDdpmError(Exception):
     """Base of all errors that the user can mend; the message says what was found, expected, and what to do."""
 
+    exit_code = 2
     is_on_all_ranks = False
     """Every rank raises it, so it is enough that rank 0 says it."""
 
@@ -27,6 +28,12 @@ class CheckpointError(HpcDdpmError):
 
 class ClusterError(HpcDdpmError):
     """The process group, the scheduler or the environment of the ranks is not as needed."""
+
+
+class LostRankError(ClusterError):
+    """Another rank has died or hangs; the same command goes on from what is saved."""
+
+    exit_code = 75  # EX_TEMPFAIL
 
 
 class TrainingError(HpcDdpmError):

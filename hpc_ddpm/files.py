@@ -13,7 +13,11 @@ from typing import Any
 
 from hpc_ddpm.errors import ClusterError
 
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+CANNOT_WRITE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.ENOENT),
+}
 
 
 @contextmanager
@@ -54,7 +58,7 @@ def write_json(
 
 @contextmanager
 def writing_to(folder: Path, setting: str = "--out") -> Iterator[None]:
-    """Turn a full disk, a quota or a read-only folder into one line; `setting` is what names the folder.
+    """Turn a full disk, a quota, a read-only or vanished folder into one line; `setting` is what names the folder.
 
     Raises:
         ClusterError: the system refused to write in `folder`.
@@ -62,7 +66,7 @@ def writing_to(folder: Path, setting: str = "--out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = Path(error.filename or folder).absolute()
+        place = Path(os.fsdecode(error.filename or folder)).absolute()
         is_ours = place.is_relative_to(folder.absolute()) or folder.absolute().is_relative_to(place)
         if error.errno not in CANNOT_WRITE or not is_ours:
             raise

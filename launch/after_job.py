@@ -9,13 +9,18 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.jobs import task_id
 from launch.records import FOLDER, add_event, read_events
 
 STOPPED = {128 + 10: "SIGUSR1", 128 + 12: "SIGUSR2", 128 + 15: "SIGTERM"}
 """Preemption or the time limit; what could be saved was."""
+STACKS = "stacks-of-rank-*.txt"
+"""What `hpc_ddpm.training.watchdog` leaves of a hang."""
 MISTAKE = (1, 2)
 """A traceback, or a line for the user: the next start would end the same way."""
 
@@ -32,42 +37,72 @@ def main() -> None:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     mark = progress_mark(given.run_dir, given.stage)
     ends = [event for event in read_events(given.run_dir, task_id()) if event["event"] == "end"]
-    comes_back, why = decide(given.code, mark, ends, restarts, given.max_requeues, given.max_crashes)
-    event = {"event": "end", "time": time.time(), "code": given.code, "mark": mark, "requeued": comes_back, "why": why}
-    add_event(given.run_dir, task_id(), event)
+    since = ends[-1]["time"] if ends else 0.0
+    ranks = [end["code"] for end in read_events(given.run_dir, task_id(), kind="ranks") if end["time"] > since]
+    stacks = [path for path in given.run_dir.glob(STACKS) if path.stat().st_mtime > since]
+    end = End(given.code, mark, tuple(ranks), is_hang=bool(stacks))
+    comes_back, why = decide(end, ends, restarts, given.max_requeues, given.max_crashes)
+    event = {"event": "end", "time": time.time(), "code": given.code, "mark": mark, "is_orderly": end.is_orderly}
+    add_event(given.run_dir, task_id(), event | {"requeued": comes_back, "why": why})
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} hpc-ddpm {given.stage}: {why}", flush=True)
     sys.exit(0 if comes_back else 1)
 
 
+@dataclass(frozen=True)
+class End:
+    """How one start of a job ended."""
+
+    code: int
+    """Of srun: 0, or the highest of its ranks; 143 also where it ended the others because of one."""
+    mark: str = ""
+    """How far the run is; any text that changes with progress."""
+    ranks: tuple[int, ...] = ()
+    """Codes of the ranks that ended by themselves."""
+    is_hang: bool = False
+
+    @property
+    def is_orderly(self) -> bool:
+        """All ranks agreed on a signal, and saved."""
+        return self.code in STOPPED and self.code in self.ranks
+
+    @property
+    def reason(self) -> str:
+        """Of an end that is not orderly."""
+        if self.is_hang:
+            return f"a rank hung, see {STACKS}"
+        return "ended by a signal before it could save" if self.code in STOPPED else "a rank was lost"
+
+
 def decide(
-    code: int, mark: str, ends: list[dict[str, object]], restarts: int, max_requeues: int, max_crashes: int
+    end: End, ends: Sequence[Mapping[str, Any]], restarts: int, max_requeues: int, max_crashes: int
 ) -> tuple[bool, str]:
-    """Whether a job that ended with `code` comes back, and why.
+    """Whether a job comes back after this end, and why.
 
     Args:
-        code: of srun: 0, 1, 2, or 128 + signal.
-        mark: how far the run is; any text that changes with progress.
-        ends: earlier ends of this job, oldest first.
+        end: the newest one.
+        ends: earlier ends of this job as recorded, oldest first.
         restarts: so far.
         max_requeues: restarts at most.
-        max_crashes: crashes in a row at the same mark at most.
+        max_crashes: ends in a row at the same mark, none of them orderly, at most.
     """
-    if code == 0:
+    if end.code == 0:
         return False, "done"
-    if code in MISTAKE:
-        return False, f"failed with exit code {code}; the log of rank 0 says why"
+    mistakes = [code for code in (end.code, *end.ranks) if code in MISTAKE]
+    if mistakes:
+        return False, f"failed with exit code {max(mistakes)}; the log says why"
     if restarts >= max_requeues:
         return False, f"ended after {restarts} restarts, the most that the profile allows (max_requeues)"
-    if code in STOPPED:
-        return True, f"stopped by {STOPPED[code]}, requeued after {restarts} restarts"
+    if end.is_orderly:
+        return True, f"stopped by {STOPPED[end.code]}, requeued after {restarts} restarts"
     crashes = 1
-    for end in reversed(ends):
-        if end["code"] in STOPPED or end["mark"] != mark:
+    for before in reversed(ends):
+        if before["is_orderly"] or before["mark"] != end.mark:
             break
         crashes += 1
+    found = f"exit code {end.code}, at {end.mark}"
     if crashes >= max_crashes:
-        return False, f"crashed {crashes} times without progress (exit code {code}, at {mark}); not requeued"
-    return True, f"a rank was lost (exit code {code}, at {mark}), requeued after {restarts} restarts"
+        return False, f"{crashes} starts in a row without progress, the last: {end.reason} ({found}); not requeued"
+    return True, f"{end.reason} ({found}), requeued after {restarts} restarts"
 
 
 def progress_mark(run_dir: Path, stage: str) -> str:

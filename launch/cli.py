@@ -125,6 +125,17 @@ def estimate(
     estimate_command(source, overrides or [], gpu, nodes * gpus_per_node, measure=measure, as_json=as_json)
 
 
+@app.command(rich_help_panel="Tools")
+def report(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of `submit pipeline`: packed, run, synthetic.")],
+    quiet: Quiet = False,
+) -> None:
+    """One page about a pipeline: pictures beside the real volumes, loss, figures, where the time went."""
+    from launch.pipeline import report_stage
+
+    typer.echo(str(report_stage(out, show_progress=not quiet)))
+
+
 @weights_app.command("import")
 def weights_import(
     source: Annotated[Path, typer.Argument(help="A published Med-DDPM .pt file.")],
@@ -182,7 +193,7 @@ def config_show(config: ConfigOption = None, overrides: Overrides = None) -> Non
 
 
 def main() -> None:
-    """Entry point: 0 done, 2 the user's mistake in one line, 130 Ctrl-C; a bug keeps its traceback (1)."""
+    """Entry point: 0 done, 2 the user's mistake in one line, 75 a lost rank, 130 Ctrl-C; a bug has a traceback (1)."""
     warnings.showwarning = lambda message, *_: print(f"hpc-ddpm: warning: {message}", file=sys.stderr)
     try:
         app()
@@ -190,8 +201,8 @@ def main() -> None:
         rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID") or "0"
         if rank == "0" or not error.is_on_all_ranks:
             print(f"hpc-ddpm: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
-        end_mpi_ranks(2)
-        sys.exit(2)
+        end_mpi_ranks(error.exit_code)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("hpc-ddpm: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -38,7 +38,7 @@ def drill(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder on a shared disk; takes the certificate.")],
     as_json: Json = False,
 ) -> None:
-    """Disturb short trainings on this cluster and see that they end as if undisturbed: signal, lost rank, torn file."""
+    """Disturb short trainings on this cluster: signal, killed rank, NaN, torn checkpoint, fewer ranks."""
     from launch.data_tables import print_json
     from launch.drill import drill as run_drill
     from launch.profiles import load_profile

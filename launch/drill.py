@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from hpc_ddpm.checkpoint import step_dirs, step_of
 from hpc_ddpm.config import load_config
 from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.files import write_json
@@ -16,7 +18,7 @@ from hpc_ddpm.runlog import package_versions, read_metrics
 from launch import slurm
 from launch.executor import Request, submit
 from launch.profiles import Profile
-from launch.records import read_events, read_submissions
+from launch.records import FOLDER, read_events, read_submissions
 from launch.watch import DONE, look
 
 SETTINGS = (
@@ -32,7 +34,7 @@ SETTINGS = (
     "training.log_every_steps=1",
     "training.checkpoint_every_steps=4",
 )
-STEPS, HALF = 16, 8
+STEPS, HALF, LAST_BUT_ONE, FAULT = 16, 8, 12, 6
 TOLERANCE = 1e-3
 """Relative, of every loss: another number of ranks rounds otherwise."""
 LIMIT = "0:15:00"
@@ -47,10 +49,11 @@ class Trial:
     run: Path
     signals: tuple[str, ...] = ()
     """Sent to its ranks at work; STOP first, so that they do not end in the meantime."""
+    fault: str = ""
+    """As `hpc_ddpm.training.faults` takes it."""
     resumes_at: int = 0
-    """It ends after HALF steps and is started again; where it must go on: earlier if the newest checkpoint is torn."""
-    ranks_after: int = 2
-    """Of the second half."""
+    """It is a copy of the undisturbed one; where it must go on."""
+    ranks: int = 2
     was_disturbed: bool = field(default=False, init=False)
 
 
@@ -64,7 +67,7 @@ class Verdict:
 
 
 def drill(profile: Profile, out: Path, say: Callable[[str], None]) -> list[Verdict]:
-    """Run all trials at the same time; `out` takes their run directories and the certificate, drill.json.
+    """Run all trials, most at the same time; `out` takes their run directories and the certificate, drill.json.
 
     Raises:
         ClusterError: SLURM refuses, or `out` is not empty.
@@ -77,20 +80,19 @@ def drill(profile: Profile, out: Path, say: Callable[[str], None]) -> list[Verdi
     trials = [
         Trial("undisturbed", out / "undisturbed"),
         Trial("signal before the time limit", out / "signal", signals=("STOP", "USR2", "CONT")),
-        Trial("killed rank", out / "killed_rank", signals=("STOP", "KILL")),
-        Trial("torn checkpoint", out / "torn_checkpoint", resumes_at=HALF // 2),
-        Trial("half the ranks", out / "half_the_ranks", resumes_at=HALF, ranks_after=1),
+        Trial("killed rank", out / "killed_rank", fault=f"kill@{FAULT}"),
+        Trial("NaN", out / "nan", fault=f"nan@{FAULT}"),
+        Trial("torn checkpoint", out / "torn_checkpoint", resumes_at=LAST_BUT_ONE),
+        Trial("half the ranks", out / "half_the_ranks", resumes_at=HALF, ranks=1),
     ]
-    for trial in trials:
-        _start(trial, profile, HALF if trial.resumes_at else STEPS, 2)
-    say(f"{len(trials)} jobs of 2 ranks submitted; waiting for them")
-    _watch(trials)
-    halves = [trial for trial in trials if trial.resumes_at]
-    for trial in halves:
-        if trial.resumes_at < HALF:
-            _tear(trial.run)
-        _start(trial, profile, STEPS, trial.ranks_after)
-    _watch(halves)
+    for resumed in (False, True):
+        now = [trial for trial in trials if bool(trial.resumes_at) == resumed]
+        for trial in now:
+            if resumed:
+                _copy(trials[0].run, trial)
+            _start(trial, profile)
+        say(f"{len(now)} jobs submitted; waiting for them")
+        _watch(now)
     verdicts = [_judge(trial, trials[0]) for trial in trials]
     record = {"profile": profile.model_dump(mode="json"), "versions": package_versions(), "created": time.time()}
     write_json(out / "drill.json", record | {"trials": [asdict(verdict) for verdict in verdicts]}, indent=2)
@@ -107,12 +109,15 @@ def _write_data(out: Path) -> None:
     pack(source, out / "packed", data)
 
 
-def _start(trial: Trial, profile: Profile, num_steps: int, ranks: int) -> None:
-    nodes, per_node = (1, ranks) if profile.gpus_per_node >= ranks else (ranks, 1)
-    settings = [*SETTINGS, f"training.num_steps={num_steps}", "--quiet"]
+def _start(trial: Trial, profile: Profile) -> None:
+    from hpc_ddpm.training.faults import VARIABLE
+
+    nodes, per_node = (1, trial.ranks) if profile.gpus_per_node >= trial.ranks else (trial.ranks, 1)
+    settings = [*SETTINGS, f"training.num_steps={STEPS}", "--quiet"]
     command = ("train", "--out", str(trial.run), "--data", str(trial.run.parent / "packed"), *settings)
-    limited = profile.model_copy(update={"time": LIMIT})
-    submit(Request("train", command, trial.run, limited, 0, nodes, per_node))
+    environment = profile.environment | {VARIABLE: trial.fault}
+    changed = profile.model_copy(update={"time": LIMIT, "environment": environment})
+    submit(Request("train", command, trial.run, changed, 0, nodes, per_node))
 
 
 def _watch(trials: Sequence[Trial]) -> None:
@@ -130,11 +135,14 @@ def _watch(trials: Sequence[Trial]) -> None:
         time.sleep(POLL_S)
 
 
-def _tear(run: Path) -> None:
-    """Change the last byte of the newest checkpoint."""
-    piece = max(run.glob("checkpoints/step_*/pieces-*"))
-    content = piece.read_bytes()
-    piece.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+def _copy(undisturbed: Path, trial: Trial) -> None:
+    """The run, with another last byte in every checkpoint after the one where it shall go on."""
+    shutil.copytree(undisturbed, trial.run, ignore=shutil.ignore_patterns(FOLDER))
+    for folder in step_dirs(trial.run / "checkpoints"):
+        if step_of(folder) > trial.resumes_at:
+            piece = max(folder.glob("pieces-*"))
+            content = piece.read_bytes()
+            piece.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def _judge(trial: Trial, reference: Trial) -> Verdict:
@@ -142,12 +150,19 @@ def _judge(trial: Trial, reference: Trial) -> Verdict:
     job = look(submissions[-1:])[0]
     events = [event for submission in submissions for event in read_events(trial.run, submission.job_id)]
     codes = [event["code"] for event in events if event["event"] == "end"]
-    losses, wanted = ([row["loss"] for row in read_metrics(each.run)] for each in (trial, reference))
-    same = sum(math.isclose(one, other, rel_tol=TOLERANCE) for one, other in zip(losses, wanted, strict=False))
-    found = f"{job.in_words}, exit codes {codes}, {same} of {STEPS} losses as undisturbed"
-    if trial.signals and len(codes) < 2:
+    rows = list(read_metrics(trial.run))
+    losses, wanted = [row["loss"] for row in rows], [row["loss"] for row in read_metrics(reference.run)]
+    same = [math.isclose(one, other, rel_tol=TOLERANCE) for one, other in zip(losses, wanted, strict=False)]
+    found = f"{job.in_words}, exit codes {codes}, {sum(same)} of {STEPS} losses as undisturbed"
+    if trial.fault.startswith("nan"):
+        skipped = [row["step"] for row in rows if row.get("skipped_steps")]
+        before, after = same[: FAULT - 1], losses[FAULT:]
+        is_skipped = skipped == [FAULT] and all(before) and len(losses) == STEPS and all(map(math.isfinite, after))
+        found = f"{job.in_words}, steps {skipped} skipped, {sum(before)} of {FAULT - 1} losses before as undisturbed"
+        return Verdict(trial.name, job.in_words == DONE and is_skipped, found)
+    if (trial.signals or trial.fault) and len(codes) < 2:
         return Verdict(trial.name, False, f"{found}; it ended before it could be disturbed")
     log = job.submission.log(job.submission.job_id)
     if trial.resumes_at and f"went on from step {trial.resumes_at})" not in log.read_text(encoding="utf-8"):
         return Verdict(trial.name, False, f"{found}; it did not go on from step {trial.resumes_at}, see {log}")
-    return Verdict(trial.name, job.in_words == DONE and len(losses) == same == STEPS, found)
+    return Verdict(trial.name, job.in_words == DONE and len(losses) == sum(same) == STEPS, found)

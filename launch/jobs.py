@@ -39,9 +39,11 @@ class StageJob:
         if ranks.is_main:
             add_event(Path(self.run_dir), task_id(), _start(ranks))
         code = run_command(self.arguments)
+        end = {"event": "end", "time": time.time(), "code": code}
         if ranks.is_main and ranks.started_by != "srun":
-            add_event(Path(self.run_dir), task_id(), {"event": "end", "time": time.time(), "code": code})
+            add_event(Path(self.run_dir), task_id(), end)
         if code:
+            add_event(Path(self.run_dir), task_id(), end | {"rank": ranks.rank}, kind="ranks")
             sys.stdout.flush()
             sys.exit(code)
 

@@ -76,13 +76,17 @@ def print_job(facts: Mapping[str, Any]) -> None:
     console.print(
         f"\ncommand  {escape(' '.join(facts['command']))}\ncommit   {facts['commit']}\nlogs     {facts['folder']}"
     )
-    spent = ", ".join(f"{name.replace('_', ' ')} {format_duration(value)}" for name, value in facts["time_s"].items())
-    console.print(f"time     {spent}; {facts['gpu_hours']:g} GPU-hours")
+    console.print(f"time     {spent_in_words(facts['time_s'])}; {facts['gpu_hours']:g} GPU-hours")
     for task, state in facts["tasks"].items():
         for event in state["events"]:
             if event["event"] == "end":
                 why = event.get("why", f"exit code {event['code']}")
                 console.print(f"{task}  {escape(why)}")
+
+
+def spent_in_words(seconds: Mapping[str, float]) -> str:
+    """A ledger in one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {format_duration(value)}" for name, value in seconds.items())
 
 
 def _console() -> Console:

@@ -1,7 +1,10 @@
-"""`hpc-ddpm submit pipeline`: pack, train, sample and draw the gallery, each after the one before it has ended well."""
+"""`hpc-ddpm submit pipeline`: pack, train, sample and report, each after the one before it has ended well."""
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,13 @@ from hpc_ddpm.config import load_config
 from hpc_ddpm.errors import ConfigError
 from launch.executor import Request, batch_script, refuse_if_busy, submit
 from launch.jobs import run_command
+from launch.jobs_tables import spent_in_words
+from launch.ledger import time_ledger
 from launch.profiles import Profile
+from launch.progress import progress_bar
+from launch.records import read_submissions
+
+STAGES = ("packed", "run", "synthetic")
 
 
 def submit_pipeline(given: dict[str, Any], profile: Profile, sampling: tuple[int, int, int], *, dry_run: bool) -> None:
@@ -24,13 +33,15 @@ def submit_pipeline(given: dict[str, Any], profile: Profile, sampling: tuple[int
         dry_run: only show.
 
     Raises:
-        ConfigError: wrong settings, or an executor without dependencies.
+        ConfigError: wrong settings, an executor without dependencies, or nothing to draw the report with.
         ClusterError: SLURM refuses, or the same pipeline is queued or runs.
     """
     if profile.executor == "local":
         raise ConfigError(
             "a pipeline needs SLURM, or --cluster debug; here `hpc-ddpm demo --data SOURCE` does the same"
         )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("a pipeline ends with a report, which needs matplotlib: pip install 'hpc_ddpm[demo]'")
     config = load_config(given["config"], given["overrides"] or []).config
     config.training.accumulation(profile.nodes * profile.gpus_per_node)
     requests = _requests(given, profile, sampling)
@@ -55,7 +66,7 @@ def submit_pipeline(given: dict[str, Any], profile: Profile, sampling: tuple[int
 
 def _requests(given: dict[str, Any], profile: Profile, sampling: tuple[int, int, int]) -> list[Request]:
     out: Path = given["out"]
-    packed, run, synthetic = (str(out / name) for name in ("packed", "run", "synthetic"))
+    packed, run, synthetic = (str(out / name) for name in STAGES)
     settings = [*(["--config", given["config"]] if given["config"] else []), *(given["overrides"] or []), "--quiet"]
     pack = ("pack", str(given["source"]), "--out", packed, *settings)
     train = ("train", "--out", run, "--data", packed, *settings)
@@ -64,5 +75,39 @@ def _requests(given: dict[str, Any], profile: Profile, sampling: tuple[int, int,
         Request("pack", pack, out / "packed", profile, 0, profile.nodes, 1),
         Request("train", train, out / "run", profile, 0, profile.nodes, profile.gpus_per_node),
         Request("sample", sample, out / "synthetic", profile, *sampling),
-        Request("gallery", ("sample", "gallery", synthetic, "--quiet"), out, profile),
+        Request("report", ("report", str(out), "--quiet"), out, profile),
     ]
+
+
+def report_stage(out: Path, show_progress: bool) -> Path:
+    """`hpc-ddpm report`: the gallery, a check of every volume, and one page about the whole; its path.
+
+    Raises:
+        DataFormatError: a stage has left nothing, or something damaged.
+        ConfigError: matplotlib is missing.
+    """
+    from hpc_ddpm.data.parallel import num_cores
+    from hpc_ddpm.demo.summary import report_run
+    from hpc_ddpm.sampling.gallery import write_gallery
+    from hpc_ddpm.sampling.plan import read_manifest
+    from hpc_ddpm.sampling.verify import verify_set
+
+    packed, run, synthetic = (out / name for name in STAGES)
+    with progress_bar("drawing", show=show_progress) as update:
+        gallery = write_gallery(
+            synthetic, num_workers=num_cores(), progress=lambda done, total: update(done, total, "")
+        )
+    problems = verify_set(synthetic, num_workers=num_cores())
+    facts = {
+        "volumes": f"{len(read_manifest(synthetic))} planned, "
+        + (f"{len(problems)} problems: `hpc-ddpm sample verify`" if problems else "all there, as they were written"),
+        "gallery": str(gallery.relative_to(out)),
+    }
+    commands = []
+    for folder in (packed, run, synthetic):
+        submissions = read_submissions(folder)
+        commands += [f"hpc-ddpm {shlex.join(submissions[-1].arguments)}"] if submissions else []
+        spent = time_ledger(submissions, (), time.time())
+        facts |= {f"{folder.name}: time": spent_in_words(spent)} if submissions else {}
+    _, page = report_run(out, packed, run, synthetic, commands, facts, title=f"New volumes of {out.resolve().name}")
+    return page

@@ -51,7 +51,7 @@ class Profile(Section):
     max_requeues: int = Field(default=100, ge=0)
     """Restarts of a job, for whatever reason, before it ends as failed."""
     max_crashes: int = Field(default=3, ge=1)
-    """Crashes in a row without progress before a job ends as failed."""
+    """Starts in a row without progress, orderly stops aside, before a job ends as failed."""
     modules: tuple[str, ...] = ()
     """`module load` before everything else."""
     setup: tuple[str, ...] = ()

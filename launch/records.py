@@ -2,6 +2,7 @@
 
 RUN/jobs/ID.json            one submission (a job or an array)
 RUN/jobs/TASK.events.jsonl  starts and ends of one job or array task
+RUN/jobs/TASK.ranks.jsonl   exit codes of ranks that ended by themselves and not well
 RUN/jobs/TASK_RANK_log.out  what a rank printed, over all restarts
 """
 
@@ -19,7 +20,7 @@ from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.files import write_json
 
 FOLDER = "jobs"
-GPU_STAGES = ("train", "sample")
+GPU_STAGES = ("train", "sample", "bench")
 """Packing and pictures are work for the cores of a whole node."""
 
 
@@ -29,7 +30,7 @@ class Submission:
 
     job_id: str
     stage: str
-    """train, sample, pack or gallery."""
+    """train, sample, bench, pack or report."""
     arguments: list[str]
     """Of `hpc-ddpm`."""
     run_dir: str
@@ -87,17 +88,17 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     return sorted(found)
 
 
-def add_event(run_dir: Path, task_id: str, event: dict[str, Any]) -> None:
-    """Append a start or an end."""
-    path = run_dir / FOLDER / f"{task_id}.events.jsonl"
+def add_event(run_dir: Path, task_id: str, event: dict[str, Any], kind: str = "events") -> None:
+    """Append a start or an end, or to `ranks` the end of one rank."""
+    path = run_dir / FOLDER / f"{task_id}.{kind}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(event) + "\n")
 
 
-def read_events(run_dir: Path, task_id: str) -> list[dict[str, Any]]:
+def read_events(run_dir: Path, task_id: str, kind: str = "events") -> list[dict[str, Any]]:
     """Of one job or array task, oldest first; a torn line is left out."""
-    path = run_dir / FOLDER / f"{task_id}.events.jsonl"
+    path = run_dir / FOLDER / f"{task_id}.{kind}.jsonl"
     events = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

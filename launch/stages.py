@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_ddpm.config import Config, TrainingConfig, config_from_dict, flatten_config, load_config
-from hpc_ddpm.distributed import Ranks, detect_ranks, process_group
+from hpc_ddpm.distributed import TIMEOUT_S, Ranks, StopFlag, detect_ranks, process_group
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import write_json, writing_to
 from hpc_ddpm.runlog import provenance
@@ -42,6 +42,7 @@ MAY_CHANGE = {
     "training.keep_checkpoints",
     "training.keep_every_steps",
     "training.async_checkpoints",
+    "training.hang_timeout_s",
     "training.max_live_parameters",
     "training.offload_optimizer",
     "training.offload_parameters",
@@ -108,14 +109,20 @@ def _tell_packed(report: PackReport, ranks: Ranks) -> None:
 
 
 def train_stage(run_dir: Path, source: str | None, overrides: Sequence[str], show_progress: bool) -> int:
-    """`hpc-ddpm train`; returns the exit code: 0 done, 128 + signal when stopped by one."""
+    """`hpc-ddpm train`; returns the exit code: 0 done, 128 + signal when stopped by one, from the first moment on."""
+    with StopFlag() as stop:
+        return _train(run_dir, source, overrides, show_progress, stop)
+
+
+def _train(run_dir: Path, source: str | None, overrides: Sequence[str], show_progress: bool, stop: StopFlag) -> int:
     from hpc_ddpm.training.finetune import start_line
     from hpc_ddpm.training.loop import START_FILE, train
     from hpc_ddpm.training.profiling import FOLDER as PROFILE
 
     ranks = detect_ranks()
     config = resume_config(run_dir, source, overrides)
-    with writing_to(run_dir), process_group(ranks) as device:
+    timeout_s = max(TIMEOUT_S, config.training.hang_timeout_s)
+    with writing_to(run_dir), process_group(ranks, timeout_s) as device:
         if ranks.is_main:
             write_json(run_dir / "config.json", config.dump(), indent=2)
             write_json(run_dir / "provenance.json", provenance() | {"world_size": ranks.world_size}, indent=2)
@@ -129,6 +136,7 @@ def train_stage(run_dir: Path, source: str | None, overrides: Sequence[str], sho
                 device,
                 on_log=lambda step, values: update(step, total, training_note(values)),
                 on_stage=lambda done, shards: staged(done, shards, ""),
+                stop=stop,
             )
     if ranks.is_main:
         if config.model.activation_checkpointing == "auto":

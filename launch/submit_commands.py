@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hpc_ddpm.errors import ConfigError
 from launch.profiles import Profile, load_profile
+
+if TYPE_CHECKING:
+    from launch.executor import Request
 
 REST = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -21,6 +24,7 @@ class Stage(StrEnum):
     TRAIN = "train"
     SAMPLE = "sample"
     PACK = "pack"
+    BENCH = "bench"
     PIPELINE = "pipeline"
 
 
@@ -41,7 +45,8 @@ def submit(
 ) -> None:
     """Run a stage as a job: survives preemption and time limits. All other words go to `hpc-ddpm STAGE`.
 
-    `pipeline` takes those of `pack`: it packs, trains, samples and draws the gallery, below --out.
+    `pipeline` takes those of `pack`: it packs, trains, samples and writes a report, below --out. `bench NAME` runs
+    `hpc-ddpm bench NAME`; its results come into the folder --out.
     """
     changes = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time}
     changes |= {"partition": partition, "account": account, "qos": qos}
@@ -53,19 +58,51 @@ def submit(
 
         submit_pipeline(_parse("pack", context.args), profile, _shape("sample", profile, tasks), dry_run=dry_run)
         return
+    if stage is Stage.BENCH:
+        submit_bench(context.args, profile, dry_run=dry_run)
+        return
     submit_stage(stage.value, context.args, profile, tasks, dry_run=dry_run)
 
 
 def submit_stage(stage: str, words: list[str], profile: Profile, tasks: int | None, *, dry_run: bool) -> None:
     """Check, then show or start."""
-    from launch.executor import Request, batch_script
-    from launch.executor import submit as start
-    from launch.jobs import run_command
+    from launch.executor import Request
 
     given = _parse(stage, words)
     command = (*(("sample", "run") if stage == "sample" else (stage,)), *words, "--quiet")
     request = Request(stage, command, given["out"], profile, *_shape(stage, profile, tasks))
     peak_gib = _check_training(given, request.world_size, with_memory=dry_run) if stage == "train" else None
+    _show_or_start(request, peak_gib, dry_run=dry_run)
+
+
+def submit_bench(words: list[str], profile: Profile, *, dry_run: bool) -> None:
+    """`bench NAME ...` as one job: on all ranks if they share a working folder, else on one; results go to --out."""
+    from launch.executor import Request
+
+    name, *rest = words or [""]
+    benchmark = _bench(name)
+    with benchmark.make_context(name, list(rest)) as context:
+        given = dict(context.params)
+    if given.get("out") is None:
+        raise ConfigError(f"no folder for the results: give submit bench {name} --out FOLDER")
+    out: Path = given["out"].resolve()
+    if "json_file" in given:
+        results = ["--out", f"{out / name}.md", "--json", f"{out / name}.json"]
+    else:
+        results = ["--out", f"{out / name}.yaml" if "config" in given else str(out / name)]
+    is_shared = "work" in given
+    work = ["--work", str(out)] if is_shared and given["work"] is None else []
+    shape = (profile.nodes, profile.gpus_per_node) if is_shared else (1, 1)
+    command = ("bench", name, *rest, *results, *work)
+    _show_or_start(Request("bench", command, out, profile, 0, *shape), None, dry_run=dry_run)
+
+
+def _show_or_start(request: Request, peak_gib: float | None, *, dry_run: bool) -> None:
+    from launch.executor import batch_script
+    from launch.executor import submit as start
+    from launch.jobs import run_command
+
+    profile, command = request.profile, request.arguments
     if dry_run:
         if profile.executor == "slurm":
             typer.echo(batch_script(request))
@@ -91,6 +128,19 @@ def _parse(stage: str, words: list[str]) -> dict[str, Any]:
         command = command.commands["run"]
     with command.make_context(stage, list(words)) as context:
         return dict(context.params)
+
+
+def _bench(name: str) -> Any:
+    """A benchmark that can be a job."""
+    from typer.main import get_command
+
+    from launch.bench_commands import bench_app
+
+    commands: Any = get_command(bench_app).commands  # type: ignore[attr-defined]
+    names = [each for each in commands if each not in ("compare", "report")]
+    if name not in names:
+        raise ConfigError(f"'{name}' is no benchmark that can be a job: submit bench {'|'.join(names)} ...")
+    return commands[name]
 
 
 def _shape(stage: str, profile: Profile, tasks: int | None) -> tuple[int, int, int]:

@@ -359,6 +359,8 @@ class TrainingConfig(Section):
     """Steps in a row with a loss or gradient that is not finite (each is skipped) that roll the run back."""
     max_rollbacks: int = Field(default=3, ge=0)
     """Roll-backs to the last good checkpoint, each with another data order, before the run ends."""
+    hang_timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest that a step, the validation and previews after it, or a save may take; then a rank counts as hanging."""
     allow_batch_change: bool = False
     """Let a resumed run change global_batch: it goes on at volume step * global_batch of the data order."""
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -13,22 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from hpc_ddpm.config import Config, flatten_config, load_config
-from hpc_ddpm.data.dataset import to_unit_range
-from hpc_ddpm.data.nifti import read_nifti
-from hpc_ddpm.data.shards import Packed, open_packed
+from hpc_ddpm.config import Config, load_config
+from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.demo.cohort import write_cohort
-from hpc_ddpm.demo.report import Case, voxel_correlation, write_report
 from hpc_ddpm.demo.source import describe_source
+from hpc_ddpm.demo.summary import report_run
 from hpc_ddpm.errors import HpcDdpmError
 from hpc_ddpm.files import write_text
-from hpc_ddpm.runlog import package_versions, read_metrics
 
 NUM_SUBJECTS = 24
-MAX_CASES = 4
 
 Note = Callable[[str], None]
 
@@ -73,27 +66,16 @@ def run_demo(
 
     packed_dir, run_dir, samples = out / "packed", out / "train", out / "samples"
     stages.run(f"2/5 packing -> {packed_dir}", ["pack", source, "--out", packed_dir, "--config", preset], ranks=1)
-    packed = open_packed(packed_dir)
     train: list[str | Path] = ["train", "--config", preset, "--data", packed_dir, "--out", run_dir]
     stages.run(f"3/5 training on {num_ranks} ranks -> {run_dir}", train, ranks=num_ranks)
-    has_held_out = bool(packed.subjects("val"))
+    has_held_out = bool(open_packed(packed_dir).subjects("val"))
     masks: list[str | Path] = ["--split", "val"] if has_held_out else ["--masks", source]
     sample: list[str | Path] = ["sample", run_dir, "--out", samples, *masks]
     stages.run(f"4/5 sampling on {num_ranks} ranks -> {samples}", sample, ranks=num_ranks)
 
     say("5/5 report")
-    cases = _cases(samples, packed, config)
-    facts = _facts(run_dir, samples, packed, config, num_ranks)
     title = "New volumes for held-out masks" if has_held_out else "New volumes for the masks given"
-    png, page = write_report(
-        out,
-        cases,
-        list(read_metrics(run_dir)),
-        facts,
-        stages.shown,
-        title=title,
-        label_names=config.data.labels.names,
-    )
+    png, page = report_run(out, packed_dir, run_dir, samples, stages.shown, title=title)
     say("")
     say(f"report    {page}")
     say(f"picture   {png}")
@@ -135,50 +117,3 @@ def _write_config(path: Path, config: Config) -> Path:
     tree: dict[str, Any] = config.dump()
     write_text(path, "# The resolved settings of this demo.\n" + yaml.safe_dump(tree, sort_keys=False))
     return path
-
-
-def _cases(samples: Path, packed: Packed, config: Config) -> list[Case]:
-    index = {subject.id: subject.index for subject in packed.subjects()}
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((samples / "sidecar").glob("*.json"))]
-    return [_case(record, samples, packed, index.get(record["mask_id"]), config) for record in records[:MAX_CASES]]
-
-
-def _case(record: dict[str, Any], samples: Path, packed: Packed, index: int | None, config: Config) -> Case:
-    name = f"{record['id']}.nii.gz"
-    volumes = [read_nifti(samples / modality / name) for modality in config.data.modalities]
-    synthetic = np.stack([volume.data for volume in volumes])
-    mask = read_nifti(samples / "mask" / name, dtype=np.uint8).data
-    real = None if index is None else _real(packed, index)
-    similarity = None if real is None else voxel_correlation(real, synthetic, mask).inside
-    x, y, z = np.linalg.norm(volumes[0].affine[:3, :3], axis=0).tolist()
-    orientation = config.data.orientation
-    return Case(record["mask_id"], mask, real, synthetic, (x, y, z), config.data.modalities, similarity, orientation)
-
-
-def _real(packed: Packed, index: int) -> Any:
-    import torch
-
-    return to_unit_range(torch.from_numpy(packed.read(index)[0])).numpy()
-
-
-def _facts(run_dir: Path, samples: Path, packed: Packed, config: Config, num_ranks: int) -> dict[str, str]:
-    logged = [row for row in read_metrics(run_dir) if "volumes_per_s" in row]
-    speed = statistics.median(row["volumes_per_s"] for row in logged[1:] or logged)
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in (samples / "sidecar").glob("*.json")]
-    seconds = statistics.median(record["seconds"] for record in records)
-    splits = {split: len(packed.subjects(split)) for split in ("train", "val")}
-    steps = flatten_config(config)["training.num_steps"]
-    versions = package_versions()
-    return {
-        "trained on": f"{_subjects(splits['train'])}, {steps} steps of {config.training.global_batch} volumes",
-        "held out": _subjects(splits["val"]) if splits["val"] else "none (too few subjects)",
-        "volume": "×".join(str(side) for side in config.data.size) + f", {config.data.num_modalities} channel(s)",
-        "training": f"{speed:.2f} volumes/s on {num_ranks} ranks, ZeRO-{config.training.zero_stage}",
-        "sampling": f"{seconds:.2f} s per volume and rank, {config.sampling.sampler} {config.sampling.num_steps} steps",
-        "computed in": f"{records[0]['precision']} on {records[0]['device']}",
-        "versions": f"hpc_ddpm {versions['hpc_ddpm']}, torch {versions['torch']}, deepspeed {versions['deepspeed']}",
-    }
-
-
-def _subjects(count: int) -> str:
-    return f"{count} subject{'' if count == 1 else 's'}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,10 @@ from hpc_ddpm.diffusion.gaussian import training_loss
 from hpc_ddpm.diffusion.schedules import Schedule, build_schedule
 from hpc_ddpm.distributed import Ranks, StopFlag, all_or_none
 from hpc_ddpm.errors import ConfigError
-from hpc_ddpm.files import write_json
+from hpc_ddpm.files import write_json, writing_to
 from hpc_ddpm.runlog import RunLog
 from hpc_ddpm.training.engine import Engine, learning_rate
+from hpc_ddpm.training.faults import Fault
 from hpc_ddpm.training.feed import Feed
 from hpc_ddpm.training.guards import DivergedError, SpikeDetector, StepGuard, count_rollbacks, roll_back
 from hpc_ddpm.training.memory import settle_memory
@@ -33,6 +34,7 @@ from hpc_ddpm.training.profiling import DATA, OPTIMIZER, Profiler
 from hpc_ddpm.training.profiling import FOLDER as PROFILE
 from hpc_ddpm.training.saver import Saver
 from hpc_ddpm.training.validation import Validation
+from hpc_ddpm.training.watchdog import Watchdog
 
 START_FILE = "start.json"
 OnLog = Callable[[int, Mapping[str, float]], None]
@@ -55,6 +57,7 @@ def train(
     device: torch.device,
     on_log: OnLog = lambda step, values: None,
     on_stage: Progress = lambda done, total: None,
+    stop: StopFlag | None = None,
 ) -> TrainResult:
     """Train to `config.training.num_steps`, or until a stop signal; all ranks call it inside a process group.
 
@@ -66,6 +69,7 @@ def train(
         device: of this rank.
         on_log: called on rank 0 after every step, with the numbers of the step where they were logged.
         on_stage: called with (shards, all shards) while shards are copied to `config.data.stage_dir`.
+        stop: one that has been listening already.
 
     Raises:
         ConfigError: the configuration contradicts the packed dataset or the number of ranks, or does not fit.
@@ -84,7 +88,7 @@ def train(
     dataset = VolumeDataset(all_or_none(partial(stage, config.data, on_stage)), "train")
     if config.data.cache == "ram":
         dataset.keep_in_ram()
-    with StopFlag() as stop:
+    with nullcontext(stop) if stop else StopFlag() as stop:
         while True:
             try:
                 step, stopped_by = _train_from(folder, config, dataset, run_dir, ranks, device, stop, on_log)
@@ -110,7 +114,7 @@ def _train_from(
     stopped_by = 0
     schedule = build_schedule(config.diffusion).to(device)
     guard = StepGuard(training.max_bad_steps, start, tell=ranks.is_main)
-    spikes = SpikeDetector()
+    spikes, fault = SpikeDetector(), Fault(ranks)
     packed = dataset.packed.path
     validation, previews = None, None
     if training.validate_every_steps:
@@ -118,6 +122,7 @@ def _train_from(
     if training.preview_every_steps:
         previews = all_or_none(partial(Previews, config, packed, run_dir, ranks, device))
     with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(run_dir, ranks.rank, training.hang_timeout_s))
         engine = stack.enter_context(closing(Engine(config, ranks, device, folder)))
         if ranks.is_main:
             settings = {"given": engine.settings, "resolved": engine.resolved_settings}
@@ -133,7 +138,7 @@ def _train_from(
         while step < training.num_steps and not stopped_by:
             rate = learning_rate(training, step)
             with profiler.step(step - start + 1):
-                loss = _one_step(engine, feed, config, schedule, step, rate, meter)
+                loss = _one_step(engine, feed, config, schedule, step, rate, meter, fault)
             if engine.has_stepped and (step + 1) % training.ema_every_steps == 0:
                 engine.ema.update()
             step += 1
@@ -145,6 +150,7 @@ def _train_from(
             except DivergedError:
                 saver.finish()
                 raise
+            watchdog.beat(f"step {step}")
             seen = {} if stopped_by else _look(engine, validation, previews, training, step, log, meter)
             is_last = step == training.num_steps or bool(stopped_by)
             is_save = is_last or (step % training.checkpoint_every_steps == 0 and not guard.bad_in_a_row)
@@ -158,17 +164,20 @@ def _train_from(
                 for logged_step, values in meter.flush(extra):
                     if ranks.is_main:
                         values |= spikes.watch(logged_step, values["loss"])
-                    log.scalars(logged_step, values)
+                    with stop.failing(), writing_to(run_dir):
+                        log.scalars(logged_step, values)
                     on_log(logged_step, values)
             if is_save:
+                watchdog.beat(f"step {step}, before a checkpoint")
                 facts = {"config_digest": config.digest(), **engine.facts()}
                 background = training.async_checkpoints and not is_last
                 saver.save(step, facts, engine.pieces(), background=background)
+        stop.agreed(device)  # nothing has failed on any rank
     return step, stopped_by
 
 
 def _one_step(
-    engine: Engine, feed: Feed, config: Config, schedule: Schedule, step: int, rate: float, meter: Meter
+    engine: Engine, feed: Feed, config: Config, schedule: Schedule, step: int, rate: float, meter: Meter, fault: Fault
 ) -> torch.Tensor:
     """One optimizer step; the detached mean loss of this rank."""
     losses = []
@@ -179,6 +188,7 @@ def _one_step(
                 batch = feed.read()
             x_start, condition, draw = feed.prepare(batch, step, micro_step)
         loss = training_loss(engine.deepspeed, x_start, condition, draw, schedule, config.diffusion, off_value).mean()
+        loss = fault.harm(loss, step + 1)
         engine.backward(loss)
         with record_function(OPTIMIZER):
             engine.step(rate)

@@ -126,19 +126,23 @@ class Saver:
         """Run `work` on every rank; if it fails on one, all raise the same error instead of hanging."""
         try:
             outcome: tuple[str, Any] = ("", work())
-        except OSError as error:
-            outcome = (f"rank {self.ranks.rank}: {error.strerror or error}", None)
+        except OSError as caught:
+            outcome = (f"rank {self.ranks.rank}: {caught.strerror or caught}", None)
         outcomes: list[Any] = [None] * self.ranks.world_size
         dist.all_gather_object(outcomes, outcome)
         failures = [failure for failure, _ in outcomes if failure]
         if failures:
-            raise CheckpointError(
+            error = CheckpointError(
                 f"cannot {what}: {failures[0]}; free space or fix permissions, then run the same command"
             )
+            error.is_on_all_ranks = True
+            raise error
         return [value for _, value in outcomes]
 
 
 def _fresh(folder: Path) -> None:
+    """Not with its parents: a run directory that has gone must not come back as an empty one."""
     if folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(exist_ok=True)
+    folder.mkdir()

@@ -19,7 +19,7 @@ from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.runlog import read_metrics
 from hpc_ddpm.training.guards import SPIKE_SCORE, SpikeDetector
 from tests.conftest import TINY
-from tests.distributed.test_kills import finish, start
+from tests.distributed.test_kills import finish, start, stderr_of
 from tests.distributed.test_training import RUNS, Torchrun, losses
 from tests.forks import Fork
 
@@ -131,7 +131,7 @@ def test_a_damaged_volume_ends_all_ranks_with_one_line(
         stream.write(b"\xff" * 16)
     run = tmp_path / "run"
     assert finish(run, start(fork, run, packed)) == [2, 2]
-    lines = [(run / f"stderr-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    lines = [stderr_of(run, rank).read_text().splitlines() for rank in (0, 1)]
     told = [line for line in lines[0] if "warning" not in line]
     assert len(told) == 1
     assert subject.id in told[0]

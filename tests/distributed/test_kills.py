@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,17 +21,26 @@ KILLS = int(os.environ.get("HPC_DDPM_KILLS", "3"))
 STEPS = 20 + 10 * KILLS
 
 
-def start(fork: Callable[..., Fork], run: Path, packed: Path, num_ranks: int = 2) -> list[Fork]:
+def start(fork: Callable[..., Fork], run: Path, packed: Path, settings: Sequence[str] = ()) -> list[Fork]:
     """The ranks of `hpc-ddpm train`, as a launcher starts them, with their output in files beside the run."""
-    run.mkdir(parents=True, exist_ok=True)
-    settings = [f"training.num_steps={STEPS}", "training.checkpoint_every_steps=5", "training.log_every_steps=3"]
+    settings = [
+        *settings,
+        f"training.num_steps={STEPS}",
+        "training.checkpoint_every_steps=5",
+        "training.log_every_steps=3",
+    ]
     settings += ["training.learning_rate=1e-3", "training.keep_checkpoints=2", "training.keep_every_steps=50"]
     command = ["-m", "launch.cli", "train", "--out", str(run), "--data", str(packed), "-q"]
     processes = []
-    for rank, variables in enumerate(torchrun_variables(num_ranks)):
-        with (run / f"stdout-{rank}.txt").open("w") as stdout, (run / f"stderr-{rank}.txt").open("w") as stderr:
+    for rank, variables in enumerate(torchrun_variables(2)):
+        with Path(os.devnull).open("w") as stdout, stderr_of(run, rank).open("w") as stderr:
             processes.append(fork([*command, *TINY, *settings], rank_environment() | variables, stdout, stderr))
     return processes
+
+
+def stderr_of(run: Path, rank: int) -> Path:
+    """What a rank says."""
+    return run.with_name(f"{run.name}-stderr-{rank}.txt")
 
 
 def finish(run: Path, processes: list[Fork]) -> list[int]:
@@ -45,8 +54,8 @@ def finish(run: Path, processes: list[Fork]) -> list[int]:
                 process.kill()
         time.sleep(0.1)
     codes = [process.wait() for process in processes]
-    for path in run.glob("stderr-*.txt"):
-        assert "terminate called" not in path.read_text(), path.read_text()[-3000:]
+    for rank in range(len(processes)):
+        assert "terminate called" not in stderr_of(run, rank).read_text(), stderr_of(run, rank).read_text()[-3000:]
     return codes
 
 

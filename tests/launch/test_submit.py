@@ -14,7 +14,7 @@ import pytest
 from hpc_ddpm.config import presets_dir
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.runlog import git_commit, read_metrics
-from launch.after_job import decide
+from launch.after_job import End, decide
 from launch.profiles import list_profiles, load_profile
 from launch.snapshot import take_snapshot
 from launch.watch import live_job
@@ -183,26 +183,29 @@ def test_a_job_runs_the_code_that_was_submitted(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ after the end
 
 
-def crash(mark: str, code: int = 137) -> dict[str, object]:
-    return {"event": "end", "code": code, "mark": mark}
+def ended(mark: str, *, is_orderly: bool = False) -> dict[str, object]:
+    return {"event": "end", "mark": mark, "is_orderly": is_orderly}
 
 
 @pytest.mark.parametrize(
-    ("code", "ends", "restarts", "comes_back", "part"),
+    ("end", "ends", "restarts", "comes_back", "part"),
     [
-        (0, [], 0, False, "done"),
-        (2, [], 0, False, "the log of rank 0"),
-        (143, [], 9, True, "stopped by SIGTERM"),
-        (140, [crash("a", 140)] * 8, 8, True, "stopped by SIGUSR2"),
-        (143, [], 10, False, "max_requeues"),
-        (137, [], 0, True, "a rank was lost"),
-        (137, [crash("a"), crash("a")], 2, False, "crashed 3 times without progress"),
-        (137, [crash("0"), crash("a")], 2, True, "a rank was lost"),
-        (137, [crash("a"), crash("a"), crash("a", 143)], 3, True, "a rank was lost"),
+        (End(0), [], 0, False, "done"),
+        (End(2), [], 0, False, "failed with exit code 2; the log says why"),
+        (End(143, ranks=(2,)), [], 0, False, "failed with exit code 2"),  # srun ended the others, the highest code wins
+        (End(143, "a", (143, 143)), [], 9, True, "stopped by SIGTERM"),
+        (End(140, "a", (140,)), [ended("a", is_orderly=True)] * 8, 8, True, "stopped by SIGUSR2"),
+        (End(143, "a", (143,)), [], 10, False, "max_requeues"),
+        (End(137, "a", (75,)), [], 0, True, "a rank was lost"),
+        (End(143, "a"), [], 0, True, "ended by a signal before it could save"),
+        (End(143, "a", is_hang=True), [], 0, True, "a rank hung, see stacks-of-rank-*.txt"),
+        (End(143, "a"), [ended("a")] * 2, 2, False, "3 starts in a row without progress, the last: ended by a signal"),
+        (End(137, "a"), [ended("0"), ended("a")], 2, True, "a rank was lost"),
+        (End(137, "a"), [ended("a"), ended("a"), ended("a", is_orderly=True)], 3, True, "a rank was lost"),
     ],
 )
-def test_what_comes_back(code: int, ends: list[dict[str, object]], restarts: int, comes_back: bool, part: str) -> None:
-    found, why = decide(code, "a", ends, restarts, max_requeues=10, max_crashes=3)
+def test_what_comes_back(end: End, ends: list[dict[str, object]], restarts: int, comes_back: bool, part: str) -> None:
+    found, why = decide(end, ends, restarts, max_requeues=10, max_crashes=3)
     assert found == comes_back
     assert part in why
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +62,38 @@ class Cluster:
         """Fields of `scontrol show job`, which knows a finished job for five minutes."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job_id)))
 
+    def ranks(self, job_id: str) -> dict[int, int]:
+        """Process ids of the ranks of a job that was submitted with submitit; all nodes are on this machine."""
+        found = {}
+        for process in self._processes({"SLURM_JOB_ID": job_id}):
+            if b"submitit.core._submit" in _read(process / "cmdline"):
+                found[int(_environment(process)["SLURM_PROCID"])] = int(process.name)
+        return found
+
+    def is_pending(self, job_id: str, number: int) -> bool:
+        """Whether a signal waits for all ranks of a job, which are stopped."""
+        masks = [
+            re.search(rb"ShdPnd:\s*(\w+)", _read(Path(f"/proc/{pid}/status"))) for pid in self.ranks(job_id).values()
+        ]
+        return bool(masks) and all(mask and int(mask[1], 16) >> (number - 1) & 1 for mask in masks)
+
+    def kill_node(self, name: str) -> None:
+        """Its slurmd, and all that it has started."""
+        tasks = list(self._processes({"SLURMD_NODENAME": name}))
+        parents = {int(_read(task / "stat").rpartition(b")")[2].split()[1]) for task in tasks}
+        daemons = [pid for pid in parents if _read(Path(f"/proc/{pid}/comm")) == b"slurmstepd\n"]
+        own = int((self.folder / "run" / f"{name}.pid").read_text())
+        for pid in [own, *daemons, *(int(task.name) for task in tasks)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _processes(self, variables: Mapping[str, str]) -> Iterator[Path]:
+        """Of this cluster's jobs, with these variables."""
+        wanted = {"SLURM_CONF": self.env["SLURM_CONF"], **variables}
+        for process in Path("/proc").glob("[0-9]*"):
+            if wanted.items() <= _environment(process).items():
+                yield process
+
     def states(self, job_id: str) -> list[str]:
         """Of the job, or of every task of an array."""
         return self.run("squeue", "--noheader", "--array", "--states=all", "--format=%T", "--jobs", job_id).split()
@@ -71,6 +106,19 @@ class Cluster:
             timeout_s,
         )
         assert set(self.states(job_id)) == {state}, read_logs(cwd)
+
+
+def _read(path: Path) -> bytes:
+    """Nothing, of a process that has just ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _environment(process: Path) -> dict[str, str]:
+    entries = _read(process / "environ").decode(errors="replace").split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 def read_logs(folder: Path) -> str:

@@ -6,55 +6,26 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
-from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.runs import ROUNDING, STEPS, files, losses
+from tests.slurm.cluster import Cluster
+from tests.slurm.runs import STEPS, files, shown, submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 PROFILE = ["--cluster", "devcluster"]
 
 
-def submitted(cluster: Cluster, *words: str | Path) -> str:
-    """The job's id."""
-    return cluster.run("hpc-ddpm", "submit", *words).split("job ", 1)[1].split(":")[0]
-
-
-def shown(cluster: Cluster, run: Path) -> dict:
-    return json.loads(cluster.run("hpc-ddpm", "jobs", "show", run, "--json"))
-
-
-def test_a_preempted_training_requeues_itself(cluster: Cluster, alone: Path, tiny_packed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    cluster.up("--no-user-signal")
-    words = ["--out", run, "--data", tiny_packed, *STEPS, "training.zero_stage=2"]
-    job = submitted(cluster, "train", *PROFILE, "--partition", "scavenge", "--nodes", "2", *words)
-    wait_for(lambda: bool(losses(run)), lambda: str(shown(cluster, run)))
-    refused = cluster.attempt("hpc-ddpm", "submit", "train", *PROFILE, "--nodes", "2", *words)
-    assert f"job {job} is queued or runs already" in refused.stderr
-    cluster.run("scancel", "--signal=STOP", job)  # so that it does not finish before it is preempted
-    first = cluster.sbatch("-N4", "--exclusive", "--wrap=true", cwd=tmp_path)
-    wait_for(lambda: cluster.job(job)["PreemptTime"] != "None", lambda: str(cluster.job(job)))
-    cluster.run("scancel", "--signal=CONT", job)
-    said = cluster.attempt("hpc-ddpm", "jobs", "logs", "-f", run)
-    assert cluster.attempt("hpc-ddpm", "jobs", "wait", run).returncode == 0, said.stdout
-    assert "stopped by SIGTERM, requeued after 0 restarts" in said.stdout
-    assert "trained to step 16 (went on from step" in said.stdout
-    assert losses(run) == pytest.approx(losses(alone), rel=ROUNDING)
-    facts = shown(cluster, run)
-    assert (facts["state"], facts["restarts"], facts["ranks"]) == ("COMPLETED", 1, 4)
-    cluster.wait(first, tmp_path)
-
-
 def test_the_drill_passes(cluster: Cluster, tmp_path: Path) -> None:
-    """A signal, a killed rank, a torn checkpoint, another number of ranks."""
+    """A signal, a killed rank, a NaN, a torn checkpoint, another number of ranks."""
     out = tmp_path / "drill"
     done = cluster.attempt("hpc-ddpm", "drill", *PROFILE, "--out", out, "--json", timeout_s=500)
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = json.loads((out / "drill.json").read_text())["trials"]
     assert json.loads(done.stdout) == verdicts
     found = {verdict["trial"]: verdict["found"] for verdict in verdicts}
-    assert len(found) == 5
+    assert len(found) == 6
+    assert "exit codes [140, 0]" in found["signal before the time limit"]
     assert "exit codes [137, 0]" in found["killed rank"]
+    assert "steps [6] skipped" in found["NaN"]
     assert "is not empty" in cluster.attempt("hpc-ddpm", "drill", *PROFILE, "--out", out).stderr
 
 

@@ -1,0 +1,63 @@
+"""A rank that hangs must not hold its job's nodes until the time limit: it says where it stands, and ends."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+from pathlib import Path
+
+from hpc_ddpm.distributed import TIMEOUT_S
+from hpc_ddpm.errors import LostRankError
+
+STACKS = "stacks-of-rank-{:05d}.txt"
+"""In the run directory: where each thread of a rank stood when it hung."""
+TICK_S = 0.5
+GRACE_S = 3.0
+"""Between writing the stacks and the end, which may bring the other ranks down: theirs shall be written too."""
+
+
+class Watchdog:
+    """Ends this process with `LostRankError.exit_code` when `beat` has not been called for `timeout_s`.
+
+    Until the first call, which comes after loading and compiling, it is half an hour at least. Where one rank hangs,
+    the others wait for it, so all of them end. Time in which the process is stopped does not count. A rank that holds
+    the interpreter's lock cannot end itself, but its stacks are written.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, timeout_s: float) -> None:
+        self.rank, self.timeout_s = rank, timeout_s
+        self.path = run_dir / STACKS.format(rank)
+        self._limit_s, self._after = max(timeout_s, TIMEOUT_S), "the start"
+        self._idle_s = 0.0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._file = self.path.open("w", encoding="utf-8")
+        faulthandler.dump_traceback_later(self._limit_s, file=self._file)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._is_over.set()
+        self._thread.join()
+        if not os.fstat(self._file.fileno()).st_size:
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def beat(self, after: str) -> None:
+        """Something is done: a step, a validation, a save."""
+        self._limit_s, self._after, self._idle_s = self.timeout_s, after, 0.0
+        faulthandler.dump_traceback_later(self.timeout_s, file=self._file)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(TICK_S):
+            self._idle_s += TICK_S
+            if self._idle_s >= self._limit_s + GRACE_S:
+                found = f"nothing was done in the {self._limit_s:g} s (training.hang_timeout_s) after {self._after}"
+                where = f"so this rank or another one hangs; where it stands: {self.path}"
+                print(f"hpc-ddpm: rank {self.rank}: {found}, {where}", file=sys.stderr, flush=True)
+                os._exit(LostRankError.exit_code)

@@ -1,0 +1,41 @@
+"""A rank that hangs or dies ends the others in bounded time, each with the reason, and the run goes on afterwards."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_kills import finish, start, stderr_of, wait_for_progress
+from tests.forks import Fork
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_hanging_rank_ends_the_others_with_the_reason(
+    fork: Callable[..., Fork], tiny_packed: Path, tmp_path: Path
+) -> None:
+    """The stopped rank is ended as srun does it."""
+    run = tmp_path / "run"
+    processes = start(fork, run, tiny_packed, settings=["training.hang_timeout_s=8"])
+    wait_for_progress(run, processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    assert finish(run, processes) == [75, -signal.SIGKILL]
+    said = stderr_of(run, 0).read_text()
+    assert "hpc-ddpm: rank 0: nothing was done in the 8 s (training.hang_timeout_s) after step" in said
+    stacks = (run / "stacks-of-rank-00000.txt").read_text()
+    assert "in agreed" in stacks or "in backward" in stacks, stacks
+
+
+def test_a_killed_rank_is_named_by_the_others(fork: Callable[..., Fork], tiny_packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = start(fork, run, tiny_packed)
+    wait_for_progress(run, processes)
+    processes[1].kill()
+    processes[1].wait()
+    assert processes[0].wait(timeout=120) == 75
+    (line,) = stderr_of(run, 0).read_text().splitlines()
+    assert line.startswith("hpc-ddpm: another rank died or hangs (Connection ")
+    assert not list(run.glob("stacks-*"))

@@ -1,0 +1,128 @@
+"""Trainings side by side on the cluster, each disturbed in another way: all end with the losses of one left alone.
+
+The drill (`test_submit.py`) adds a rank that is killed and `scancel --signal=USR2`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.profiles import list_profiles
+from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.runs import ROUNDING, STEPS, losses, shown, submitted
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+BEFORE = 7
+"""Steps, one checkpoint among them, before it is disturbed."""
+
+
+def preempt(cluster: Cluster, job: str, out: Path) -> None:
+    """The site sends SIGTERM alone. Stopped in the meantime, so that it does not finish before it is preempted."""
+    cluster.run("scancel", "--signal=STOP", job)
+    first = ["-N2", f"--nodelist={cluster.job(job)['NodeList']}", "--gpus-per-node=2", "--wrap=true"]
+    cluster.sbatch(*first, cwd=out)
+    wait_for(lambda: cluster.is_pending(job, signal.SIGTERM), lambda: str(cluster.job(job)))
+    cluster.run("scancel", "--signal=CONT", job)
+
+
+def reach_the_time_limit(cluster: Cluster, job: str, out: Path) -> None:
+    """SLURM looks every 30 seconds whether it is time for the signal."""
+    cluster.run("scancel", "--signal=STOP", job)
+    wait_for(lambda: cluster.is_pending(job, signal.SIGUSR2), lambda: str(cluster.job(job)))
+    cluster.run("scancel", "--signal=CONT", job)
+
+
+def terminate(cluster: Cluster, job: str, out: Path) -> None:
+    cluster.run("scancel", "--signal=TERM", job)
+
+
+def requeue(cluster: Cluster, job: str, out: Path) -> None:
+    cluster.run("scontrol", "requeue", job)
+
+
+def hang(cluster: Cluster, job: str, out: Path) -> None:
+    os.kill(cluster.ranks(job)[1], signal.SIGSTOP)
+
+
+def lose_the_node(cluster: Cluster, job: str, out: Path) -> None:
+    """Its slurmd and all that it has started."""
+    cluster.kill_node(cluster.job(job)["BatchHost"])
+
+
+@dataclass(frozen=True)
+class Disturbed:
+    """A training, what is done to it, and the words in which it is recorded."""
+
+    disturb: Callable[[Cluster, str, Path], None]
+    why: str
+    nodes: int = 1
+    ranks_per_node: int = 2
+    options: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    profile: tuple[tuple[str, object], ...] = ()
+
+
+RUNS = {
+    "preempted": Disturbed(preempt, "stopped by SIGTERM, requeued after 0 restarts", nodes=2),
+    "time limit": Disturbed(
+        reach_the_time_limit,
+        "stopped by SIGUSR2, requeued",
+        options=("--time", "0:02:00"),
+        profile=(("signal_delay_s", 60),),
+    ),
+    "lost node": Disturbed(lose_the_node, "", nodes=2, ranks_per_node=1, profile=(("sbatch", {"exclusive": True}),)),
+    "hanging rank": Disturbed(hang, "a rank hung, see stacks-of-rank-*.txt", settings=("training.hang_timeout_s=10",)),
+    "SIGTERM": Disturbed(terminate, "stopped by SIGTERM, requeued after 0 restarts"),
+    "scontrol requeue": Disturbed(requeue, "", ranks_per_node=1),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(cluster: Cluster, tiny_packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run directories, when all is over. Only what preempts is in the partition `gpu`."""
+    folder = tmp_path_factory.mktemp("survival")
+    cluster.up("--no-user-signal")
+
+    def run(name: str) -> Path:
+        case, out = RUNS[name], folder / name.replace(" ", "_")
+        profile = folder / f"{out.name}.yaml"
+        base = yaml.safe_load(list_profiles()["devcluster"].read_text())
+        profile.write_text(yaml.safe_dump(base | {"partition": "scavenge"} | dict(case.profile)))
+        shape = ["--nodes", str(case.nodes), "--gpus-per-node", str(case.ranks_per_node), *case.options]
+        words = ["--out", out, "--data", tiny_packed, *STEPS, "training.zero_stage=2", *case.settings]
+        job = submitted(cluster, "train", "--cluster", profile, *shape, *words)
+        wait_for(lambda: len(losses(out)) >= BEFORE, lambda: f"{name}: {shown(cluster, out)}", timeout_s=500)
+        case.disturb(cluster, job, out)
+        cluster.attempt("hpc-ddpm", "jobs", "wait", out, timeout_s=500)
+        return out
+
+    try:
+        with ThreadPoolExecutor(len(RUNS)) as threads:
+            return dict(zip(RUNS, threads.map(run, RUNS), strict=True))
+    finally:
+        cluster.up()  # the lost node comes back
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_it_ends_as_if_nothing_had_been(cluster: Cluster, runs: dict[str, Path], alone: Path, name: str) -> None:
+    out, case = runs[name], RUNS[name]
+    facts = shown(cluster, out)
+    events = next(iter(facts["tasks"].values()))["events"]
+    assert facts["state"] == "COMPLETED", events
+    assert facts["restarts"] >= 1
+    assert facts["ranks"] == case.nodes * case.ranks_per_node
+    assert any(case.why in event.get("why", "") for event in events), events
+    said = cluster.run("hpc-ddpm", "jobs", "logs", out)
+    assert "trained to step 40 (went on from step" in said
+    assert losses(out) == pytest.approx(losses(alone), rel=ROUNDING)
+    if name == "hanging rank":
+        assert "nothing was done in the 10 s (training.hang_timeout_s) after step" in said
