@@ -60,8 +60,8 @@ def train(
 
     Args:
         config: complete; `data.path` names the packed dataset.
-        run_dir: takes metrics, TensorBoard files, previews, `deepspeed.json`, `start.json`, the choice of
-            `activation_checkpointing=auto` and checkpoints.
+        run_dir: takes metrics, TensorBoard files, previews, `deepspeed.json`, `start.json`, the choice
+            of `activation_checkpointing=auto` and checkpoints.
         ranks: as detected.
         device: of this rank.
         on_log: called on rank 0 after every step, with the numbers of the step where they were logged.
@@ -177,8 +177,11 @@ def _one_step(
         with record_function(DATA):
             with meter.waiting():
                 batch = feed.read()
-            x_start, condition, draw = feed.prepare(batch, step, micro_step)
-        loss = training_loss(engine.deepspeed, x_start, condition, draw, schedule, config.diffusion, off_value).mean()
+            x_start, condition, draw, covariates = feed.prepare(batch, step, micro_step)
+        losses_of_samples = training_loss(
+            engine.deepspeed, x_start, condition, draw, schedule, config.diffusion, off_value, covariates
+        )
+        loss = losses_of_samples.mean()
         engine.backward(loss)
         with record_function(OPTIMIZER):
             engine.step(rate)
@@ -207,16 +210,17 @@ def _look(
 
 
 def agree_with_packed(data: DataConfig) -> DataConfig:
-    """The packed dataset's own description, with this run's reading settings.
+    """The packed dataset's own description, with this run's reading settings and covariates, which may be fewer.
 
     Raises:
-        ConfigError: the run asks for other modalities, labels, size or intensities than were packed.
+        ConfigError: the run asks for other modalities, labels, size, intensities or covariates than were packed.
     """
     from hpc_ddpm.data.shards import open_packed
 
     if not data.path:
         raise ConfigError("no data: give --data PACKED (or data.path), a folder made by `hpc-ddpm pack`")
-    packed = open_packed(data.path).data
+    dataset = open_packed(data.path)
+    packed = dataset.data
     for name in ("modalities", "size", "orientation", "normalization", "labels"):
         found, wanted = getattr(packed, name), getattr(data, name)
         if found != wanted:
@@ -224,7 +228,9 @@ def agree_with_packed(data: DataConfig) -> DataConfig:
                 f"data.{name}: {data.path} was packed with {_plain(found)}, this run asks for {_plain(wanted)}; "
                 "train with the configuration it was packed with, or pack again"
             )
-    return packed.model_copy(update={name: getattr(data, name) for name in READING_SETTINGS})
+    dataset.check_covariates(data.covariates)
+    own = (*READING_SETTINGS, "covariates")
+    return packed.model_copy(update={name: getattr(data, name) for name in own})
 
 
 def _plain(value: Any) -> Any:
