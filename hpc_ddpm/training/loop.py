@@ -31,6 +31,7 @@ from hpc_ddpm.training.meter import Meter
 from hpc_ddpm.training.previews import Previews
 from hpc_ddpm.training.profiling import DATA, OPTIMIZER, Profiler
 from hpc_ddpm.training.profiling import FOLDER as PROFILE
+from hpc_ddpm.training.resume import CONFIG_FILE, check_resume
 from hpc_ddpm.training.saver import Saver
 from hpc_ddpm.training.validation import Validation
 
@@ -60,7 +61,7 @@ def train(
 
     Args:
         config: complete; `data.path` names the packed dataset.
-        run_dir: takes metrics, TensorBoard files, previews, `deepspeed.json`, `start.json`, the choice
+        run_dir: takes `config.json`, metrics, TensorBoard files, previews, `deepspeed.json`, `start.json`, the choice
             of `activation_checkpointing=auto` and checkpoints.
         ranks: as detected.
         device: of this rank.
@@ -68,13 +69,16 @@ def train(
         on_stage: called with (shards, all shards) while shards are copied to `config.data.stage_dir`.
 
     Raises:
-        ConfigError: the configuration contradicts the packed dataset or the number of ranks, or does not fit.
+        ConfigError: the configuration contradicts the run, the packed dataset or the number of ranks, or does not fit.
         CheckpointError: a checkpoint does not fit or cannot be written.
         ClusterError: no room for `config.data.stage_dir` or `config.data.cache`.
         DataFormatError: a volume is damaged; on all ranks.
         TrainingError: the loss diverged, and again after `max_rollbacks` roll-backs.
     """
     training = config.training
+    all_or_none(partial(check_resume, run_dir, config))
+    if ranks.is_main:
+        write_json(run_dir / CONFIG_FILE, config.dump(), indent=2)
     folder = agree_on_latest(run_dir / "checkpoints", ranks)
     start = step_of(folder) if folder else 0
     if start >= training.num_steps:
