@@ -6,6 +6,8 @@ A subject's covariates are one float64 each, in the order of the settings: the n
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 from hpc_ddpm.config import CovariateConfig, did_you_mean
 from hpc_ddpm.data.table import TABLE_SUFFIXES, read_columns
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import write_text
 
 BESIDE = ("participants.tsv", "participants.csv")
 """Tables in the folder of a source that is no table itself; the first is that of BIDS."""
@@ -82,6 +85,17 @@ def read_covariates(source: Path, covariates: Covariates, subjects: Iterable[str
             "add them, with n/a for what is not known"
         )
     return [to_numbers(find_row(rows, subject) or {}, covariates, f"{table}, {subject}") for subject in wanted]
+
+
+def write_participants(folder: Path, rows: Mapping[str, Sequence[float]], covariates: Covariates) -> None:
+    """Write subjects and their numbers as a table that `read_covariates` finds in the folder."""
+    text = io.StringIO()
+    table = csv.writer(text, delimiter="\t", lineterminator="\n")
+    table.writerow(["participant_id", *covariates])
+    for subject, numbers in rows.items():
+        values = to_values(numbers, covariates)
+        table.writerow([subject, *(values.get(name, "n/a") for name in covariates)])
+    write_text(folder / BESIDE[0], text.getvalue())
 
 
 def find_row(rows: Mapping[str, Mapping[str, str]], subject: str) -> Mapping[str, str] | None:

@@ -13,6 +13,7 @@ from hpc_ddpm.config import CovariateConfig, DataConfig
 from hpc_ddpm.data.covariates import to_numbers, to_values
 from hpc_ddpm.data.dataset import VolumeDataset
 from hpc_ddpm.data.discover import discover
+from hpc_ddpm.data.export import export
 from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.shards import open_packed, open_reader
 from hpc_ddpm.data.summary import describe_subject, summarise
@@ -49,6 +50,9 @@ def test_a_table_beside_the_folders_is_packed_and_read(heads: Path, tmp_path: Pa
     with open_reader(tmp_path / "packed" / "shard-00000.h5") as shard:
         assert shard["covariates"][2].tolist() == [32, 0]
         assert json.loads(shard.attrs["covariates"])["sex"]["values"] == ["F", "M"]
+    export(tmp_path / "packed", tmp_path / "tree", split="val")
+    again = discover(tmp_path / "tree", settings()).subjects
+    assert [subject.covariates[1] for subject in again] == [expected[subject.index, 1] for subject in val.subjects]
     assert pack(heads, tmp_path / "packed", settings(val_fraction=0.4)).num_written == 0
     (heads / "participants.tsv").write_text(ROWS.replace("33", "73"))
     with pytest.raises(DataFormatError, match=r"1 packed subject\(s\) changed since \(head_0003\)"):

@@ -22,7 +22,6 @@ LOOK = [
     "training.validate_every_steps=3",
     "training.preview_every_steps=6",
     "diffusion.condition_dropout=0.2",
-    "training.num_steps=8",
 ]
 
 
