@@ -64,9 +64,9 @@ class Model(nn.Module):
         """Of the weights, see `weights_sha256`; ask before the network changes its precision."""
         return weights_sha256(self.network.state_dict())
 
-    def forward(self, x_t: Tensor, condition: Tensor, timesteps: Tensor) -> Tensor:
-        """(B, C, D, H, W), (B, K, D, H, W), (B,) -> (B, C, D, H, W) float32; see `UNet3d.forward`."""
-        prediction: Tensor = self.network(x_t, condition, timesteps)
+    def forward(self, x_t: Tensor, condition: Tensor, timesteps: Tensor, *covariates: Tensor) -> Tensor:
+        """(B, C, D, H, W), (B, K, D, H, W), (B,), perhaps (B, V) -> (B, C, D, H, W) float32; see `UNet3d.forward`."""
+        prediction: Tensor = self.network(x_t, condition, timesteps, *covariates)
         return prediction
 
 
@@ -227,9 +227,14 @@ def export_med_ddpm(source: Path, out: Path) -> None:
     """Write a weights folder or a run as a file that Med-DDPM's sampler loads; `model` and `ema` hold the same.
 
     Raises:
-        CheckpointError: the source is damaged, or `out` exists.
+        CheckpointError: the source is damaged, or has covariates, or `out` exists.
     """
     weights = read_weights(source)
+    if weights.config.data.covariates:
+        raise CheckpointError(
+            f"{source} has the covariates {', '.join(weights.config.data.covariates)}, which Med-DDPM's network cannot "
+            "take; only weights without data.covariates can be exported"
+        )
     if out.exists():
         raise CheckpointError(f"{out} exists already; remove it or choose another name")
     wrapped = build_schedule(weights.config.diffusion).med_ddpm_buffers()

@@ -32,6 +32,9 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the volumes."
 GeneratedSet = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `sample` wrote.")]
 Masks = Annotated[Path | None, typer.Option(help="Mask, folder of masks, tree, or table.")]
 Split = Annotated[str | None, typer.Option(help="Without --masks: this split of the packed data; val by default.")]
+Covariates = Annotated[
+    list[str] | None, typer.Option("--covariate", help="NAME=VALUE for all masks, instead of their own; repeatable.")
+]
 Replicas = Annotated[int | None, typer.Option(min=1, help="Volumes per mask (sampling.replicas).")]
 Weights = Annotated[Path | None, typer.Option(help="Where the weights are now, if they moved.")]
 RejectBelow = Annotated[float | None, typer.Option(min=0, max=1, help="Make volumes again whose fidelity is lower.")]
@@ -45,6 +48,7 @@ def run(
     out: Out,
     masks: Masks = None,
     split: Split = None,
+    covariates: Covariates = None,
     overrides: Overrides = None,
     replicas: Replicas = None,
     reject_below: RejectBelow = None,
@@ -55,7 +59,7 @@ def run(
     from launch.sample_stages import run_stage
 
     settings = _settings(overrides, replicas, reject_below, max_tries)
-    raise typer.Exit(run_stage(source, out, masks, split, settings, show_progress=not quiet))
+    raise typer.Exit(run_stage(source, out, masks, split, covariates or [], settings, show_progress=not quiet))
 
 
 @sample_app.command()
@@ -64,6 +68,7 @@ def plan(
     out: Out,
     masks: Masks = None,
     split: Split = None,
+    covariates: Covariates = None,
     overrides: Overrides = None,
     replicas: Replicas = None,
     reject_below: RejectBelow = None,
@@ -71,7 +76,8 @@ def plan(
     """Write down what is to be generated, or add to it: one line per volume, its seed and mask."""
     from launch.sample_stages import plan_stage
 
-    plan_stage(source, out, masks, split, _settings(overrides, replicas, reject_below, None))
+    settings = _settings(overrides, replicas, reject_below, None)
+    plan_stage(source, out, masks, split, covariates or [], settings)
 
 
 @sample_app.command()

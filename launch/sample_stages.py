@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ddpm.config import Config, config_from_dict
 from hpc_ddpm.distributed import detect_ranks, keep_freed_memory, local_device, resolve_precision
+from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.files import write_json, writing_to
 from launch.progress import progress_bar
 from launch.stages import with_overrides
@@ -24,21 +25,34 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 """Before torch is loaded: workers that share cores must not spin while they wait (20 times slower, measured)."""
 
 
-def plan_stage(source: Path, out: Path, masks: Path | None, split: str | None, overrides: Sequence[str]) -> None:
+def plan_stage(
+    source: Path,
+    out: Path,
+    masks: Path | None,
+    split: str | None,
+    covariates: Sequence[str],
+    overrides: Sequence[str],
+) -> None:
     """`hpc-ddpm sample plan`."""
     from hpc_ddpm.sampling.run import plan_set
 
     model, weights = _load(source, overrides)
-    items, wanted = plan_set(out, model.config, weights, _masks(out, masks, split, model.config))
+    items, wanted = plan_set(out, model.config, weights, _masks(out, masks, split, covariates, model.config))
     print(f"{len(items)} volumes planned, {len(wanted)} of them asked for now: {out}")
 
 
 def run_stage(
-    source: Path, out: Path, masks: Path | None, split: str | None, overrides: Sequence[str], show_progress: bool
+    source: Path,
+    out: Path,
+    masks: Path | None,
+    split: str | None,
+    covariates: Sequence[str],
+    overrides: Sequence[str],
+    show_progress: bool,
 ) -> int:
     """`hpc-ddpm sample run`: the ranks share the work without talking to each other; returns the exit code."""
     model, weights = _load(source, overrides)
-    return _generate(model, weights, out, _masks(out, masks, split, model.config), show_progress)
+    return _generate(model, weights, out, _masks(out, masks, split, covariates, model.config), show_progress)
 
 
 def retry_stage(out: Path, source: Path | None, overrides: Sequence[str], show_progress: bool) -> int:
@@ -55,7 +69,7 @@ def retry_stage(out: Path, source: Path | None, overrides: Sequence[str], show_p
 def anonymize_stage(
     source: Path, subjects: Sequence[str], out: Path, overrides: Sequence[str], show_progress: bool
 ) -> int:
-    """`hpc-ddpm sample anonymize`; returns the exit code."""
+    """`hpc-ddpm sample anonymize`, with the subjects' own covariates; returns the exit code."""
     from hpc_ddpm.sampling.anonymize import find_neighbours
     from hpc_ddpm.sampling.folder import SampleFolder
     from hpc_ddpm.sampling.masks import find_packed_masks
@@ -63,7 +77,7 @@ def anonymize_stage(
 
     model, weights = _load(source, overrides)
     config, data = model.config, model.config.data.path
-    masks = find_packed_masks(data, subjects=subjects)
+    masks = find_packed_masks(data, subjects=subjects, covariates=config.data.covariates)
     code = _generate(model, weights, out, masks, show_progress)
     ranks, folder = detect_ranks(), SampleFolder(out)
     if code > 2 or not ranks.is_main:
@@ -115,7 +129,7 @@ def compare_stage(
     model, _ = _load(source, overrides)
     samplers, steps, spacings = cells
     chosen = grid(samplers, steps, spacings or [model.config.sampling.spacing])
-    found = _masks(out, masks, split, model.config)[:max_masks]
+    found = _masks(out, masks, split, (), model.config)[:max_masks]
     loaded = {mask.id: load_mask(mask, model.config).labels for mask in found}
     with writing_to(out), progress_bar("comparing", show=show_progress) as update:
         compare(model, loaded, out, chosen, on_cell=update)
@@ -141,16 +155,26 @@ def _load(source: Path, overrides: Sequence[str] = (), config: Config | None = N
     return model, weights
 
 
-def _masks(out: Path, masks: Path | None, split: str | None, config: Config) -> list[MaskSource]:
+def _masks(out: Path, masks: Path | None, split: str | None, given: Sequence[str], config: Config) -> list[MaskSource]:
     """What the command line names; nothing where it names none and something is planned already."""
-    from hpc_ddpm.sampling.masks import find_mask_files, find_packed_masks
+    from hpc_ddpm.sampling.masks import find_mask_files, find_packed_masks, with_covariates
     from hpc_ddpm.sampling.plan import read_manifest
 
+    covariates = config.data.covariates
     if masks is not None:
-        return find_mask_files(masks)
-    if split is None and read_manifest(out):
+        found = find_mask_files(masks, covariates)
+    elif split is None and read_manifest(out):
+        if given:
+            raise ConfigError(f"--covariate {given[0]}: {out} has a plan; say for which masks, by --masks or --split")
         return []
-    return find_packed_masks(config.data.path, split or "val")
+    else:
+        found = find_packed_masks(config.data.path, split or "val", covariates=covariates)
+    found = with_covariates(found, given, covariates)
+    for name in covariates:
+        unknown = sum(name not in mask.covariates for mask in found)
+        if unknown and detect_ranks().is_main:
+            print(f"{name} is not known of {unknown} of {len(found)} masks; --covariate {name}=VALUE would say it")
+    return found
 
 
 def _generate(

@@ -9,48 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpc_ddpm.config import Config, TrainingConfig, config_from_dict, flatten_config, load_config
+from hpc_ddpm.config import Config, config_from_dict, flatten_config, load_config
 from hpc_ddpm.distributed import TIMEOUT_S, Ranks, StopFlag, detect_ranks, process_group
-from hpc_ddpm.errors import ConfigError, DataFormatError
+from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import write_json, writing_to
 from hpc_ddpm.runlog import provenance
+from hpc_ddpm.training.resume import check_resume, stored_config
 from launch.progress import progress_bar, training_note
 
 if TYPE_CHECKING:
     from hpc_ddpm.data.pack import PackReport
-
-MAY_CHANGE = {
-    "name",
-    "data.path",
-    "data.num_workers",
-    "data.cache",
-    "data.stage_dir",
-    "model.activation_checkpointing",
-    "model.channels_last",
-    "training.num_steps",
-    "training.micro_batch",
-    "training.zero_stage",
-    "training.reduce_bucket_size",
-    "training.overlap_comm",
-    "training.log_every_steps",
-    "training.profile_steps",
-    "training.validate_every_steps",
-    "training.validation_volumes",
-    "training.preview_every_steps",
-    "training.preview_volumes",
-    "training.checkpoint_every_steps",
-    "training.keep_checkpoints",
-    "training.keep_every_steps",
-    "training.async_checkpoints",
-    "training.hang_timeout_s",
-    "training.max_live_parameters",
-    "training.offload_optimizer",
-    "training.offload_parameters",
-    "training.allow_batch_change",
-    "training.max_bad_steps",
-    "training.max_rollbacks",
-}
-"""Settings that a resumed run may change; sampling.* too. All others would make it another experiment."""
 
 
 def pack_stage(
@@ -124,7 +92,6 @@ def _train(run_dir: Path, source: str | None, overrides: Sequence[str], show_pro
     timeout_s = max(TIMEOUT_S, config.training.hang_timeout_s)
     with writing_to(run_dir), process_group(ranks, timeout_s) as device:
         if ranks.is_main:
-            write_json(run_dir / "config.json", config.dump(), indent=2)
             write_json(run_dir / "provenance.json", provenance() | {"world_size": ranks.world_size}, indent=2)
         total = config.training.num_steps
         show = show_progress and ranks.is_main
@@ -174,21 +141,12 @@ def resume_config(run_dir: Path, source: str | None, overrides: Sequence[str]) -
     Raises:
         ConfigError: the run directory holds another experiment.
     """
-    stored_path = run_dir / "config.json"
-    if not stored_path.is_file():
-        return load_config(source, overrides).config
-    stored = config_from_dict(json.loads(stored_path.read_text(encoding="utf-8")), str(stored_path))
-    wanted = load_config(source, overrides).config if source is not None else with_overrides(stored, overrides)
-    before, after = flatten_config(stored), flatten_config(wanted)
-    differing = [key for key in after if before[key] != after[key]]
-    fixed = [key for key in differing if key not in MAY_CHANGE and not key.startswith("sampling.")]
-    if fixed == ["training.global_batch"]:
-        if wanted.training.allow_batch_change:
-            return wanted
-        raise ConfigError(_batch_change(run_dir, stored.training, wanted.training))
-    if fixed:
-        shown = "; ".join(f"{key} {before[key]} -> {after[key]}" for key in fixed[:3])
-        raise ConfigError(f"{run_dir} was started with other settings: {shown}; choose another --out or keep them")
+    stored = stored_config(run_dir)
+    if stored is None or source is not None:
+        wanted = load_config(source, overrides).config
+    else:
+        wanted = with_overrides(stored, overrides)
+    check_resume(run_dir, wanted)
     return wanted
 
 
@@ -201,18 +159,6 @@ def with_overrides(stored: Config, overrides: Sequence[str]) -> Config:
     changes = load_config(None, overrides)
     given = {key: flatten_config(changes.config)[key] for key in changes.origins}
     return config_from_dict(_with(stored.dump(), given), "command line")
-
-
-def _batch_change(run_dir: Path, before: TrainingConfig, after: TrainingConfig) -> str:
-    from hpc_ddpm.checkpoint import step_dirs, step_of
-
-    step = max((step_of(path) for path in step_dirs(run_dir / "checkpoints")), default=0)
-    return (
-        f"training.global_batch {before.global_batch} -> {after.global_batch} changes the loss curve: {run_dir} saw "
-        f"{step} steps x {before.global_batch} = {step * before.global_batch} volumes and would go on as if "
-        f"after {step} x {after.global_batch} = {step * after.global_batch}; keep {before.global_batch} "
-        "(= micro_batch x accumulation x ranks, any micro_batch), or set training.allow_batch_change=true"
-    )
 
 
 def _with(tree: dict[str, object], changes: Mapping[str, object]) -> dict[str, object]:

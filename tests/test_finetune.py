@@ -58,6 +58,33 @@ def test_other_channels_begin_as_the_old_network(trained: Path) -> None:
     assert line.endswith("frozen: 4 of 10 parameters")
 
 
+def test_new_covariates_begin_without_effect(trained: Path, tmp_path: Path) -> None:
+    old, _, _ = started(trained)
+    age, sex = "age: {mean: 50, std: 10}", "sex: {values: [F, M]}"
+    with_age, config, report = started(trained, f"data.covariates={{{age}}}")
+    assert report["covariates"] == {"kept": [], "new": ["age"], "dropped": []} and not report["adapted_tensors"]
+    assert "covariates new age" in start_line({**report, "frozen_parameters": 0})
+    x, condition, at = torch.randn(1, 2, 16, 16, 16), torch.randn(1, 2, 16, 16, 16), torch.tensor([3])
+    with torch.no_grad():
+        before = old(x, condition, at)
+        assert torch.equal(with_age(x, condition, at, torch.tensor([[70.0]])), before)
+        assert with_age.covariate_embed[0].weight.any(), "nothing could be learnt from zeros in both layers"
+        for parameter in with_age.covariate_embed.parameters():
+            parameter.normal_()
+        save_weights(tmp_path / "age", with_age.state_dict(), config, {})
+        with_sex, _, report = started(tmp_path / "age", f"data.covariates={{{sex}, {age}}}")
+        for values in (70.0, torch.nan):
+            known = with_age(x, condition, at, torch.tensor([[values]]))
+            assert not torch.equal(known, before)
+            torch.testing.assert_close(with_sex(x, condition, at, torch.tensor([[1.0, values]])), known)
+    assert report["covariates"] == {"kept": ["age"], "new": ["sex"], "dropped": []}
+    assert report["adapted_tensors"] == ["covariate_embed.0.weight"]
+    _, _, report = started(tmp_path / "age")
+    assert report["covariates"]["dropped"] == ["age"]
+    with pytest.raises(CheckpointError, match=r"knows age by mean 50 and std 10, data.covariates says 40 and 10"):
+        started(tmp_path / "age", "data.covariates={age: {mean: 40, std: 10}}")
+
+
 def test_as_many_unknown_names_keep_their_order(trained: Path) -> None:
     old, _, _ = started(trained)
     new, _, report = started(trained, "data.modalities=[ct,pet]")

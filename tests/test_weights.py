@@ -9,7 +9,7 @@ import torch
 
 import hpc_ddpm
 from hpc_ddpm.checkpoint import MANIFEST, Piece, write_pieces
-from hpc_ddpm.config import Config, load_config
+from hpc_ddpm.config import Config, CovariateConfig, load_config
 from hpc_ddpm.diffusion import build_schedule
 from hpc_ddpm.errors import CheckpointError, ConfigError
 from hpc_ddpm.model import build_unet
@@ -75,6 +75,15 @@ def test_import_save_load_export_and_back(published: Path, tmp_path: Path) -> No
     original, back = (torch.load(path, weights_only=True) for path in (published, tmp_path / "back.pt"))
     assert back["step"] == 12 and list(back["ema"]) == list(original["ema"])
     assert same(back["ema"], original["ema"]) and same(back["model"], original["ema"])
+
+
+def test_covariates_cannot_be_exported(tmp_path: Path) -> None:
+    _, config = small_network()
+    covariates = {"age": CovariateConfig(mean=50, std=15)}
+    config = config.model_copy(update={"data": config.data.model_copy(update={"covariates": covariates})})
+    save_weights(tmp_path / "ours", build_unet(config).state_dict(), config, {})
+    with pytest.raises(CheckpointError, match="has the covariates age, which Med-DDPM's network cannot take"):
+        export_med_ddpm(tmp_path / "ours", tmp_path / "back.pt")
 
 
 def test_raw_weights_on_request(published: Path) -> None:

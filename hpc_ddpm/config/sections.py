@@ -26,6 +26,16 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 
 
+def _as_texts(value: Any) -> Any:
+    """Numbers among names as text: [1.5, 3] is what a table with 1.5 and 3 holds."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [f"{part:g}" if isinstance(part, int | float) and not isinstance(part, bool) else part for part in value]
+
+
+Categories = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
+
+
 class LabelsConfig(Section):
     """The label scheme of the masks: which integer means what, and how it becomes condition channels."""
 
@@ -49,6 +59,26 @@ class LabelsConfig(Section):
             raise ValueError(f"foreground_label {self.foreground_label} is not one of names {list(self.names)}")
         if self.off_value == self.on_value:
             raise ValueError("off_value and on_value are equal: the mask would be invisible to the network")
+        return self
+
+
+class CovariateConfig(Section):
+    """Something else to condition on, besides the mask: a number with mean and std, or one of some values."""
+
+    mean: float | None = None
+    """Of a number, about; the network sees (value - mean) / std."""
+    std: float | None = Field(default=None, gt=0)
+    """Of a number, about."""
+    values: Categories = ()
+    """The categories, as they stand in the table."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CovariateConfig:
+        is_number = self.mean is not None and self.std is not None
+        if is_number == bool(self.values) or (self.mean is None) != (self.std is None):
+            raise ValueError("a covariate has either mean and std (a number) or values (categories)")
+        if len(set(self.values)) != len(self.values) or len(self.values) == 1:
+            raise ValueError(f"values must be two or more different ones, found {list(self.values)}")
         return self
 
 
@@ -127,6 +157,8 @@ class DataConfig(Section):
     stage_dir: str = ""
     """Node-local folder that the shards are copied to before training, for example '$TMPDIR'; empty: read `path`."""
     labels: LabelsConfig = LabelsConfig()
+    covariates: dict[Annotated[str, Field(pattern=r"^\w+$")], CovariateConfig] = {}
+    """What else is known of a subject, from the source's table: {age: {mean: 50, std: 15}, sex: {values: [F, M]}}."""
 
     @property
     def num_modalities(self) -> int:
@@ -170,6 +202,9 @@ class DataConfig(Section):
             raise ValueError("fit=resize sets the voxel size itself; use voxel_size_mm=null or fit=crop_pad")
         if self.crop_center == "head" and self.fit != "crop_pad":
             raise ValueError(f"crop_center=head needs fit=crop_pad, found fit={self.fit}")
+        reserved = {"subject", "participant_id", "mask", "split", *self.modalities} & set(self.covariates)
+        if reserved:
+            raise ValueError(f"covariates cannot be called {', '.join(sorted(reserved))}: those columns mean something")
         unknown = {name for hook in self.hooks for name in hook.modalities} - set(self.modalities)
         if unknown:
             raise ValueError(f"hooks are for {sorted(unknown)}, not among modalities {list(self.modalities)}")
@@ -233,7 +268,9 @@ class DiffusionConfig(Section):
     min_snr_gamma: float | None = Field(default=None, gt=0)
     """Clip of the SNR in min-SNR loss weighting (Hang et al. 2023); null weights all timesteps alike."""
     condition_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of training samples whose condition is blanked; above 0 makes classifier-free guidance possible."""
+    """Share of training samples whose mask is blanked, with all covariates unknown; guidance needs it above 0."""
+    covariate_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Chance of each covariate of a training sample to be unknown, so that it may be left out when sampling."""
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch.utils.data import Dataset
 
-from hpc_ddpm.config import AugmentConfig, DataConfig, LabelsConfig
+from hpc_ddpm.config import AugmentConfig, CovariateConfig, DataConfig, LabelsConfig
 from hpc_ddpm.data.augment import augment
 from hpc_ddpm.data.cache import VolumeCache, share_cache
 from hpc_ddpm.data.labels import one_hot
@@ -79,6 +79,11 @@ class VolumeDataset(Dataset[Item]):
         """As `fill`, with a part of the volume `index`."""
         image, mask = batch["image"][position].numpy(), batch["mask"][position].numpy()
         self.source.read_window(self.subjects[index].index, window, image, mask)
+
+    def covariates(self, wanted: Mapping[str, CovariateConfig]) -> torch.Tensor:
+        """(N, V) float32 of the split, see `Packed.covariates`; also its errors."""
+        of_all = self.packed.covariates(wanted)
+        return torch.from_numpy(of_all[[subject.index for subject in self.subjects]]).float()
 
     def keep_in_ram(self) -> None:
         """Decode every volume once and keep it, for all ranks of the node; a collective.

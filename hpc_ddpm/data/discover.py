@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.bids import MASK, is_bids, read_bids
+from hpc_ddpm.data.covariates import read_covariates
 from hpc_ddpm.data.nifti import is_volume, stem
 from hpc_ddpm.data.table import TABLE_SUFFIXES, read_table, table_modalities
 from hpc_ddpm.errors import DataFormatError
@@ -29,6 +30,8 @@ class Subject:
     images: Mapping[str, Path]
     split: str | None = None
     """train, val or test where the table says so."""
+    covariates: tuple[float, ...] = ()
+    """One number for each of `data.covariates`; see `covariates.to_numbers`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def discover(source: str | Path, config: DataConfig) -> Discovery:
     """Find the subjects of `source` in `config.layout` (auto: by looking).
 
     Raises:
-        DataFormatError: nothing there, an unknown layout, a broken table, or not one complete subject.
+        DataFormatError: nothing there, an unknown layout, a broken table, not one complete subject, or covariates
+            that are missing or wrong.
     """
     source = Path(source)
     layout = find_layout(source) if config.layout == "auto" else config.layout
@@ -81,6 +85,9 @@ def discover(source: str | Path, config: DataConfig) -> Discovery:
             f"{source}: no complete subject found as layout '{layout}' ({len(unmatched)} files do not pair: "
             f"{some or 'no volumes'}); expected a mask and {', '.join(config.modalities)} for each subject"
         )
+    if config.covariates:
+        numbers = read_covariates(source, config.covariates, [subject.id for subject in subjects])
+        subjects = tuple(replace(subject, covariates=of) for subject, of in zip(subjects, numbers, strict=True))
     return Discovery(layout, subjects, unmatched)
 
 

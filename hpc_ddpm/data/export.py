@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_ddpm.data.covariates import write_participants
 from hpc_ddpm.data.discover import MASK
 from hpc_ddpm.data.geometry import restore
 from hpc_ddpm.data.nifti import write_nifti
@@ -35,6 +36,8 @@ def export(
     progress: Progress | None = None,
 ) -> int:
     """Write `mask/<id>.nii.gz` (uint8) and `<modality>/<id>.nii.gz` (float32); what is there is kept.
+
+    The covariates of all subjects, where there are any, become `participants.tsv`.
 
     Args:
         path: of the packed dataset.
@@ -65,6 +68,10 @@ def export(
     with writing_to(out):
         first = read_index(packed.path).shards[0]["sha256"][:12]  # stays when subjects are added
         _claim(out, {"shard": first, "original_grid": original_grid, "intensities": intensities})
+        if covariates := packed.data.covariates:
+            ids = [subject.id for subject in packed.subjects()]
+            numbers = packed.covariates(covariates).tolist()
+            write_participants(out, dict(zip(ids, numbers, strict=True)), covariates)
         write = partial(_export_subject, packed, out, original_grid, intensities)
         for number, _ in enumerate(ordered_map(write, subjects, num_workers, preload=__name__), start=1):
             if progress:

@@ -31,7 +31,7 @@ class Row:
 
     subject: Subject
     source: str
-    """Hash of size and modification time of each file: whether it changed since it was packed."""
+    """Hash of size and time of each file, and of covariates: whether the subject changed since it was packed."""
     size_bytes: int
     """Of its files."""
     key: str
@@ -84,7 +84,9 @@ def build_rows(config: DataConfig, subjects: Sequence[Subject]) -> list[Row]:
     for subject in subjects:
         volumes = (subject.mask, *subject.images.values())
         stats = [file.stat() for volume in volumes for file in volume_files(volume)]
-        source = sha256(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()).hexdigest()[:16]
+        facts = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        about = repr(facts) + (repr(subject.covariates) if subject.covariates else "")
+        source = sha256(about.encode()).hexdigest()[:16]
         key = digest_of([settings, subject.id, source])
         rows.append(Row(subject, source, sum(stat.st_size for stat in stats), key))
     return rows

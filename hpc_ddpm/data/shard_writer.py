@@ -56,6 +56,8 @@ def write_row(path: Path, row: Row, prepared: Prepared, config: DataConfig, scra
         "crc32_mask": crc32(prepared.mask),
         "done": 1,
     }
+    if config.covariates:
+        values["covariates"] = row.subject.covariates
     with (
         atomic_path(path, durable=False, scratch=scratch) as temporary,
         _create(temporary, [row], config, row.key) as file,
@@ -226,17 +228,21 @@ def _create_datasets(file: h5py.File, rows: Sequence[Row], config: DataConfig) -
         "crc32_mask": ((), "u4"),
         "done": ((), "u1"),
     }
+    if config.covariates:
+        columns["covariates"] = ((len(config.covariates),), "f8")
     for name, (shape, dtype) in columns.items():
         file.create_dataset(name, data=np.zeros((num_rows, *shape), dtype))
 
 
 def _attributes(config: DataConfig, digest: str) -> dict[str, Any]:
+    covariates = {name: covariate.model_dump() for name, covariate in config.covariates.items()}
     return {
         "format": FORMAT,
         "version": VERSION,
         "axes": "CZYX",
         "modalities": json.dumps(config.modalities),
         "labels": config.labels.model_dump_json(),
+        **({"covariates": json.dumps(covariates)} if covariates else {}),
         "image_scale": 1 / INT16_SCALE if config.storage_dtype == "int16" else 1.0,
         "config": config.model_dump_json(),
         "config_digest": config_digest(config),

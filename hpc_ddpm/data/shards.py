@@ -5,12 +5,13 @@ K labels; volumes are C Z Y X, shapes and affines X Y Z:
 
     image           int16 (x32767) or float32 (N, C, Z, Y, X), LZ4 or nothing + fletcher32
     mask            uint8 (N, Z, Y, X), Zstandard or nothing + fletcher32; a chunk is a volume, or data.chunk_size of it
-    id, source      UTF-8 (N,), fixed length: subject; hash of its files' sizes and times when packed
+    id, source      UTF-8 (N,), fixed length: subject; hash of its files' sizes and times, and covariates, when packed
     affine          float64 (N, 4, 4), packed voxels to mm;     original_affine: of the file
     original_shape  int32 (N, 3), of the file
     intensity       float32 (N, C, 2): intensities that became -1 and 1
     label_voxels    int64 (N, K), in the order of the label scheme
     crc32_image     uint32 (N, C), crc32_mask (N,): of the decoded bytes
+    covariates      float64 (N, V), only where there are any: number, position among `values`, or NaN
     done            uint8 (N,): 1 where the row is complete; the others were left out
 
 index.json has one entry per shard, see `ShardEntry`; more shards may be added later.
@@ -22,6 +23,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -33,11 +35,11 @@ import hdf5plugin  # noqa: F401  (registers the filters)
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_ddpm.config import READING_SETTINGS, DataConfig
+from hpc_ddpm.config import READING_SETTINGS, CovariateConfig, DataConfig
 from hpc_ddpm.data.chunks import UNDECODABLE, OpenShard, crc32
 from hpc_ddpm.data.geometry import Geometry
 from hpc_ddpm.data.nifti import Affine
-from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import write_json
 
 FORMAT, VERSION = "hpc_ddpm packed dataset", 2
@@ -266,6 +268,33 @@ class Packed:
         """(K,): voxels of each label, in the order of the label scheme."""
         return self._value("label_voxels", index)
 
+    def check_covariates(self, wanted: Mapping[str, CovariateConfig]) -> None:
+        """Raises ConfigError where one of these was not packed, or with other values."""
+        there = self.data.covariates
+        for name, covariate in wanted.items():
+            if name not in there:
+                raise ConfigError(
+                    f"data.covariates asks for {name}, {self.path} was packed with {', '.join(there) or 'none'}; "
+                    "leave it out, or pack again with it"
+                )
+            if there[name].values != covariate.values:
+                found, asked = (list(one.values) or "a number" for one in (there[name], covariate))
+                raise ConfigError(
+                    f"data.covariates: {name} is {asked}, {self.path} was packed with {found}; use the same values"
+                )
+
+    def covariates(self, wanted: Mapping[str, CovariateConfig]) -> NDArray[np.float64]:
+        """(N, V) of all subjects, in the order of `wanted`: numbers, positions among `values`, NaN where unknown.
+
+        Raises:
+            ConfigError: as `check_covariates`.
+        """
+        self.check_covariates(wanted)
+        if not wanted:
+            return np.empty((len(self), 0))
+        packed, names = read_column(self.path, self._index, "covariates"), list(self.data.covariates)
+        return np.asarray(packed[:, [names.index(name) for name in wanted]])
+
     def geometry(self, index: int) -> Geometry:
         """What `restore` needs to put a volume back on the subject's own grid."""
         x, y, z = (int(side) for side in self._value("original_shape", index))
@@ -349,6 +378,16 @@ def read_index(path: Path) -> Index:
     except (ValueError, AttributeError, TypeError, LookupError) as error:
         raise DataFormatError(f"{file}: not a readable index ({error}); pack again") from None
     raise DataFormatError(f"{file}: format {found[0]!r} version {found[1]} found, {_expected()}; pack again")
+
+
+def read_column(path: Path, index: Index, name: str) -> Array:
+    """A small dataset of all subjects, (N, ...), in the order of the index."""
+    columns = []
+    for entry in index.shards:
+        with open_reader(path / entry["file"]) as file:
+            columns.append(file[name][:])
+    lengths = np.cumsum([0, *(len(column) for column in columns)])
+    return np.asarray(np.concatenate(columns)[lengths[index.shard] + index.row])
 
 
 def write_index(path: Path, data: dict[str, Any], shards: list[ShardEntry], scratch: Path | None = None) -> None:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.check.pictures import picture
+from hpc_ddpm.data.covariates import to_values
 from hpc_ddpm.data.nifti import axis_codes, ras_voxel_size_mm, turn_to_ras, voxel_size_mm
-from hpc_ddpm.data.shards import SPLITS, Index, Packed, open_packed, open_reader, read_index
+from hpc_ddpm.data.shards import SPLITS, Packed, open_packed, read_column, read_index
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import atomic_path, writing_to
 
@@ -30,7 +31,7 @@ def list_subjects(path: str | Path, split: str | None = None) -> list[dict[str, 
     path = Path(path)
     index = read_index(path)
     names = list(DataConfig.model_validate(index.data).labels.names.values())
-    voxels = _column(path, index, "label_voxels")
+    voxels = read_column(path, index, "label_voxels")
     rows = zip(index.id, index.split.tolist(), index.shard.tolist(), index.row.tolist(), voxels.tolist(), strict=True)
     return [
         {
@@ -51,7 +52,8 @@ def summarise(path: str | Path) -> dict[str, Any]:
     Returns:
         `subjects`, `splits`, `shards`, `size_bytes`, `size` (X, Y, Z), `storage_dtype`, `orientation`, `labels`
         (name -> subjects that have it, voxels, share of all voxels), `intensities` (modality -> smallest, median and
-        largest of what became -1 and 1), `voxel_sizes_mm` and `original_sizes` (value -> subjects), `left_out`.
+        largest of what became -1 and 1), `covariates` (name -> smallest, median and largest, or subjects by value),
+        `voxel_sizes_mm` and `original_sizes` (value -> subjects), `left_out`.
 
     Raises:
         DataFormatError: as `list_subjects`.
@@ -59,8 +61,8 @@ def summarise(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     index = read_index(path)
     data = DataConfig.model_validate(index.data)
-    affines, shapes = _column(path, index, "affine"), _column(path, index, "original_shape")
-    intensity = _column(path, index, "intensity")
+    affines, shapes = read_column(path, index, "affine"), read_column(path, index, "original_shape")
+    intensity = read_column(path, index, "intensity")
     splits = Counter(SPLITS[code] for code in index.split.tolist())
     return {
         "subjects": len(index.id),
@@ -70,11 +72,12 @@ def summarise(path: str | Path) -> dict[str, Any]:
         "size": list(data.size),
         "storage_dtype": data.storage_dtype,
         "orientation": data.orientation,
-        "labels": _label_histogram(_column(path, index, "label_voxels"), data),
+        "labels": _label_histogram(read_column(path, index, "label_voxels"), data),
         "intensities": {
             modality: {"low": _spread(intensity[:, channel, 0]), "high": _spread(intensity[:, channel, 1])}
             for channel, modality in enumerate(data.modalities)
         },
+        "covariates": _covariate_histogram(open_packed(path)),
         "voxel_sizes_mm": _counts([_by(voxel_size_mm(affine)) for affine in affines]),
         "original_sizes": _counts([_by(shape) for shape in shapes]),
         "left_out": len(index.left_out),
@@ -97,6 +100,7 @@ def describe_subject(packed: Packed, index: int) -> dict[str, Any]:
         "original_orientation": axis_codes(geometry.file_affine),
         "intensities": dict(zip(packed.data.modalities, intensity, strict=True)),
         "voxels": dict(zip(packed.data.labels.names.values(), counts, strict=True)),
+        "covariates": to_values(packed.covariates(packed.data.covariates)[index].tolist(), packed.data.covariates),
     }
 
 
@@ -133,16 +137,6 @@ def find_subject(path: str | Path, subject: str) -> tuple[Packed, int]:
     return packed, ids[subject]
 
 
-def _column(path: Path, index: Index, name: str) -> NDArray[Any]:
-    """A small column of all subjects, (N, ...), in the order of the index."""
-    columns = []
-    for entry in index.shards:
-        with open_reader(path / entry["file"]) as file:
-            columns.append(file[name][:])
-    lengths = np.cumsum([0, *(len(column) for column in columns)])
-    return np.asarray(np.concatenate(columns)[lengths[index.shard] + index.row])
-
-
 def _label_histogram(voxels: NDArray[np.int64], data: DataConfig) -> dict[str, dict[str, float]]:
     total = voxels.shape[0] * int(np.prod(data.size))
     return {
@@ -153,6 +147,18 @@ def _label_histogram(voxels: NDArray[np.int64], data: DataConfig) -> dict[str, d
         }
         for channel, name in enumerate(data.labels.names.values())
     }
+
+
+def _covariate_histogram(packed: Packed) -> dict[str, dict[str, Any]]:
+    covariates = packed.data.covariates
+    rows = [to_values(row, covariates) for row in packed.covariates(covariates).tolist()]
+    found = {}
+    for name, covariate in covariates.items():
+        known = [row[name] for row in rows if name in row]
+        numbers = {} if covariate.values or not known else {"low_median_high": _spread(np.array(known))}
+        counts = {value: known.count(value) for value in covariate.values}
+        found[name] = {**numbers, **counts, "unknown": len(rows) - len(known)}
+    return found
 
 
 def _spread(values: NDArray[Any]) -> list[float]:

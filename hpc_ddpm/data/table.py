@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,25 @@ def read_splits(path: Path) -> dict[str, str]:
         if splits.setdefault(subject, split) != split:
             raise DataFormatError(f"{place}: {subject} is in {splits[subject]} and {split}; give it one split")
     return splits
+
+
+def read_columns(path: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Subject -> its cells of those of these columns that are there; `participant_id` is as good as `subject`.
+
+    Raises:
+        DataFormatError: unreadable, no subject in a row, or a subject with two different rows.
+    """
+    wanted = {name.lower(): name for name in names}
+    rows: dict[str, dict[str, str]] = {}
+    for number, record in enumerate(_records(path), start=1):
+        cells = {str(name).lower(): "" if value is None else str(value).strip() for name, value in record.items()}
+        subject = cells.get("subject") or cells.get("participant_id")
+        if not subject:
+            raise DataFormatError(f"{path}, row {number}: no subject; expected a column subject or participant_id")
+        row = {wanted[name]: cell for name, cell in cells.items() if name in wanted}
+        if rows.setdefault(subject, row) != row:
+            raise DataFormatError(f"{path}, row {number}: {subject} is there twice, with other values; keep one row")
+    return rows
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

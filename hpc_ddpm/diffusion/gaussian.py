@@ -1,7 +1,7 @@
 """The forward process, training targets and losses.
 
-Shapes: B batch, C modalities, K labels, D H W = Z Y X voxels. Notation of Ho et al. 2020 (arXiv 2006.11239);
-v of Salimans & Ho 2022 (arXiv 2202.00512): v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_start.
+Shapes: B batch, C modalities, K labels, V covariates, D H W = Z Y X voxels. Notation of Ho et al. 2020
+(arXiv 2006.11239); v of Salimans & Ho 2022 (arXiv 2202.00512): v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_start.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from hpc_ddpm.config import DiffusionConfig
 from hpc_ddpm.diffusion.noise import mix64, sample_noise, uniform
 from hpc_ddpm.diffusion.schedules import Schedule
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t (B, C, D, H, W), condition (B, K, D, H, W), timesteps (B,)) -> (B, C, D, H, W)."""
+Model = Callable[..., Tensor]
+"""(x_t (B, C, D, H, W), condition (B, K, D, H, W), timesteps (B,)) -> (B, C, D, H, W).
 
-_TIMESTEP, _KEEP, _NOISE = 1, 2, 3  # what a sample's key is used for
+Where there are covariates, a fourth argument (B, V), NaN where unknown; without it all are unknown.
+"""
+
+_TIMESTEP, _KEEP, _NOISE, _COVARIATE = 1, 2, 3, 4  # what a sample's key is used for
 
 
 # ------------------------------------------------------------------------------------------ randomness
@@ -35,7 +38,7 @@ class TrainingDraw:
     noise: Tensor
     """(B, C, D, H, W) float32, standard normal."""
     keep: Tensor
-    """(B,) bool: False where the condition is blanked."""
+    """(B,) bool: False where the condition is blanked, and covariates are unknown."""
 
 
 def draw_training(
@@ -64,6 +67,15 @@ def draw_training(
         noise=sample_noise(volume_shape, seeds, device),
         keep=torch.tensor(keep, device=device),
     )
+
+
+def drop_covariates(covariates: Tensor, seed: int, sample_indices: Sequence[int], rate: float) -> Tensor:
+    """Covariates (B, V), each unknown (NaN) with chance `rate`: a function of (seed, sample index, covariate)."""
+    drop = [
+        [uniform(seed, index, _COVARIATE, number) < rate for number in range(covariates.shape[1])]
+        for index in sample_indices
+    ]
+    return covariates.masked_fill(torch.tensor(drop, device=covariates.device), torch.nan)
 
 
 # ----------------------------------------------------------------------------------------- the process
@@ -144,6 +156,7 @@ def training_loss(
     schedule: Schedule,
     config: DiffusionConfig,
     off_value: float = 0.0,
+    covariates: Tensor | None = None,
 ) -> Tensor:
     """Loss of each sample, (B,) float32 (Ho et al. 2020, equation 14, for any target and distance).
 
@@ -155,10 +168,12 @@ def training_loss(
         schedule: on the device of x_start.
         config: prediction type, loss and weighting.
         off_value: what a blank condition holds (`data.labels.off_value`).
+        covariates: (B, V), NaN where unknown; None where the network has none.
     """
     timesteps = draw.timesteps
     x_t = q_sample(x_start, timesteps, draw.noise, schedule)
-    output = model(x_t, blank_condition(condition, draw.keep, off_value), timesteps)
+    extra = () if covariates is None else (torch.where(draw.keep[:, None], covariates, torch.nan),)
+    output = model(x_t, blank_condition(condition, draw.keep, off_value), timesteps, *extra)
     target = training_target(x_start, draw.noise, timesteps, schedule, config.prediction_type)
     loss = diffusion_loss(output, target, config.loss)
     if config.min_snr_gamma is None:

@@ -261,6 +261,7 @@ def x_start_predictor(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     off_value: float = 0.0,
+    covariates: Tensor | None = None,
 ) -> PredictXStart:
     """The network as a function (x_t, timestep) -> x_start.
 
@@ -270,18 +271,19 @@ def x_start_predictor(
         schedule: on the device of the condition.
         prediction_type: what the network answers.
         clip: clamp x_start to [-1, 1].
-        guidance_scale: w of u + w (c - u) with the answers u to a blank condition and c to the given one
-            (Ho & Salimans 2022, in Imagen's form); 1 evaluates the network once.
+        guidance_scale: w of u + w (c - u) with the answers u to a blank condition, all covariates unknown, and c to
+            the given ones (Ho & Salimans 2022, in Imagen's form); 1 evaluates the network once.
         guidance_interval: where to guide, as shares of the last timestep; elsewhere w = 1 (Kynkäänniemi et al. 2024,
             arXiv 2404.07724, equation 5).
         off_value: value of a blank condition.
+        covariates: (B, V), NaN where unknown; None where the network has none.
     """
-    blank = torch.full_like(condition, off_value)
+    blank, extra = torch.full_like(condition, off_value), () if covariates is None else (covariates,)
     low, high = (share * (schedule.num_timesteps - 1) for share in guidance_interval)
 
     def predict(x: Tensor, timestep: int) -> Tensor:
         timesteps = torch.full((len(x),), timestep, device=x.device)
-        output = model(x, condition, timesteps)
+        output = model(x, condition, timesteps, *extra)
         if guidance_scale != 1 and low <= timestep <= high:
             output = torch.lerp(model(x, blank, timesteps), output, guidance_scale)
         x_start = predict_x_start(output, x, timesteps, schedule, prediction_type)
@@ -301,6 +303,7 @@ def sample(
     *,
     noise: Noise,
     off_value: float = 0.0,
+    covariates: Tensor | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Tensor:
     """Generate clean volumes, (B, C, D, H, W) float32.
@@ -314,6 +317,7 @@ def sample(
         config: sampler, steps, spacing, eta, guidance, clipping.
         noise: for samplers that draw on the way.
         off_value: of a blank condition, for guidance.
+        covariates: (B, V), NaN where unknown; None where the network has none.
         progress: called after each evaluation; a guided one counts once.
 
     Raises:
@@ -328,6 +332,7 @@ def sample(
         guidance_scale=config.guidance_scale,
         guidance_interval=config.guidance_interval,
         off_value=off_value,
+        covariates=covariates,
     )
     path = build_path(schedule, num_levels(config.sampler, config.num_steps), config.spacing)
     options = Options(noise, config.eta, corrections=config.num_steps - len(path))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.model.norm import GroupNormFloat32
 
 
 class TokenLinear(nn.Conv1d):
@@ -32,7 +33,8 @@ class ZeroTokenLinear(TokenLinear):
 class AttentionBlock(nn.Module):
     """x + projection(attention(GroupNorm(x))), (B, C, D, H, W) -> same (Vaswani et al. 2017).
 
-    The output projection starts at zero. Channels of qkv are ordered (head, q|k|v, channel).
+    PyTorch's kernels compute scores and softmax in float32 whatever the tokens are. The output projection starts at
+    zero. Channels of qkv are ordered (head, q|k|v, channel).
 
     Raises:
         ConfigError: `head_channels` does not divide `channels`.
@@ -46,7 +48,7 @@ class AttentionBlock(nn.Module):
                 f"model.head_channels={head_channels} does not divide the {channels} channels of an "
                 "attention level; use a divisor of every such level's channels, or null for one head"
             )
-        self.norm = nn.GroupNorm(num_groups, channels)
+        self.norm = GroupNormFloat32(num_groups, channels)
         self.qkv = TokenLinear(channels, 3 * channels)
         self.proj_out = ZeroTokenLinear(channels, channels)
 

@@ -1,6 +1,7 @@
-"""GroupNorm followed by SiLU as one differentiable operation, in the dtype and layout of its input.
+"""GroupNorm, and GroupNorm followed by SiLU as one differentiable operation, in the dtype and layout of the input.
 
-Shapes: B batch, C channels, D H W = Z Y X voxels. Statistics are float32 whatever the activations are.
+Shapes: B batch, C channels, D H W = Z Y X voxels. Statistics are float32 whatever the activations are. One exception
+is PyTorch's: its GPU kernel for contiguous half-precision volumes rounds them on the way to backward.
 """
 
 from __future__ import annotations
@@ -12,6 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+class GroupNormFloat32(nn.GroupNorm):
+    """GroupNorm computed in float32, (B, C, ...) -> same, in the dtype of x; for small inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -88,14 +97,14 @@ def _channels_last_backward(
     C, groups = x.shape[1], mean.shape[1]
     mean_c, rstd_c, weight = _per_channel(mean.float(), C), _per_channel(rstd.float(), C), weight.float()
     sum_grad = _sum_voxels(grad)
-    product = grad * x
-    sum_grad_x_hat = (_sum_voxels(product) - mean_c * sum_grad) * rstd_c
+    product = _multiply_add(x, rstd_c, -mean_c * rstd_c).mul_(grad)
+    sum_grad_x_hat = _sum_voxels(product)
     count = x[0, 0].numel() * C // groups
     mean_g = _per_channel((weight * sum_grad).unflatten(1, (groups, -1)).sum(2) / count, C)
     mean_g_x_hat = _per_channel((weight * sum_grad_x_hat).unflatten(1, (groups, -1)).sum(2) / count, C)
     slope = -rstd_c.square() * mean_g_x_hat
     dx = _multiply_add(x, slope, -rstd_c * mean_g - slope * mean_c, out=product)
-    dx.addcmul_(grad, (rstd_c * weight).to(x.dtype)[..., None, None, None])
+    dx.addcmul_(grad, (rstd_c * weight)[..., None, None, None])
     return dx, sum_grad_x_hat.sum(0), sum_grad.sum(0)
 
 
@@ -105,11 +114,11 @@ def _per_channel(per_group: Tensor, channels: int) -> Tensor:
 
 
 def _multiply_add(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """x * scale + shift with one (B, C) factor and term per channel, in the dtype of x."""
+    """x * scale + shift with one float32 (B, C) factor and term per channel, rounded once, to the dtype of x."""
     shape = (*scale.shape, 1, 1, 1)
-    return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape), out=out)
+    return torch.addcmul(shift.view(shape), x, scale.view(shape), out=torch.empty_like(x) if out is None else out)
 
 
 def _sum_voxels(x: Tensor) -> Tensor:
-    """(B, C) float32 sums of a channels_last_3d tensor: rows first, in its own dtype, then the rows' sums."""
-    return x.permute(0, 2, 3, 4, 1).sum(3).float().sum((1, 2))
+    """(B, C) float32 sums of a channels_last_3d tensor: rows first, then the rows' sums."""
+    return x.permute(0, 2, 3, 4, 1).sum(3, dtype=torch.float32).sum((1, 2))

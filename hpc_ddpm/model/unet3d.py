@@ -1,17 +1,18 @@
 """The conditional 3-D U-Net of Med-DDPM (Dorjsembe et al. 2024, arXiv 2305.18453).
 
-Shapes: B batch, C modalities, K labels, D H W = Z Y X voxels, E width of the time embedding.
+Shapes: B batch, C modalities, K labels, V covariates, D H W = Z Y X voxels, E width of the time embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hpc_ddpm.config import Config, ModelConfig
+from hpc_ddpm.config import Config, CovariateConfig, ModelConfig
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.model.attention import AttentionBlock
 from hpc_ddpm.model.blocks import (
@@ -25,30 +26,42 @@ from hpc_ddpm.model.blocks import (
     conv3,
     timestep_embedding,
 )
+from hpc_ddpm.model.covariates import CovariateEmbedding
 from hpc_ddpm.model.norm import GroupNormSiLU
 
 
 def build_unet(config: Config) -> UNet3d:
     """The network that `config` describes, freshly initialised, float32, on the default device."""
-    return UNet3d(config.model, num_modalities=config.data.num_modalities, num_labels=config.data.num_labels)
+    data = config.data
+    return UNet3d(config.model, data.num_modalities, data.num_labels, data.covariates)
 
 
 class UNet3d(nn.Module):
     """Predicts noise, x_start or v from a noised volume, its condition and the timestep.
 
-    Volume and condition are concatenated and go down and up through levels of residual and attention blocks.
+    Volume and condition are concatenated and go down and up through levels of residual and attention blocks. The
+    timestep, and covariates where the network has any, reach every residual block as one embedding.
     All arithmetic is in the dtype of the weights.
 
     Raises:
         ConfigError: `head_channels` does not divide the channels of an attention level.
     """
 
-    def __init__(self, config: ModelConfig, num_modalities: int, num_labels: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_modalities: int,
+        num_labels: int,
+        covariates: Mapping[str, CovariateConfig] | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.num_modalities, self.num_labels = config, num_modalities, num_labels
+        self.num_covariates = len(covariates or {})
         base = config.base_channels
         widths = [base * multiplier for multiplier in config.channel_multipliers]
         self.time_embed = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base))
+        if covariates:
+            self.covariate_embed = CovariateEmbedding(covariates, 4 * base)
 
         self.input_blocks = nn.ModuleList([Block(conv3(num_modalities + num_labels, widths[0]))])
         skips = [widths[0]]
@@ -99,13 +112,14 @@ class UNet3d(nn.Module):
         recompute = self.config.activation_checkpointing in {"block", "full"}
         return Block(*layers, recompute=recompute, dropout=self.config.dropout)
 
-    def forward(self, x_t: Tensor, condition: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, condition: Tensor, timesteps: Tensor, covariates: Tensor | None = None) -> Tensor:
         """One evaluation of the network.
 
         Args:
             x_t: (B, C, D, H, W) noised volume, any floating dtype; axes divisible by the downsampling factor.
             condition: (B, K, D, H, W) label channels.
             timesteps: (B,) indices in 0..T-1.
+            covariates: (B, V) as packed, NaN where unknown; None is all unknown.
 
         Returns:
             (B, C, D, H, W) float32.
@@ -113,10 +127,13 @@ class UNet3d(nn.Module):
         Raises:
             DataFormatError: shapes do not fit the network or each other.
         """
-        self._check(x_t, condition, timesteps)
+        self._check(x_t, condition, timesteps, covariates)
         dtype = next(self.parameters()).dtype
         embedding = timestep_embedding(timesteps, self.config.base_channels, self.config.time_max_period)
         embedding = self.time_embed(embedding.to(dtype))
+        if self.num_covariates:  # on every rank alike: under ZeRO-3 all take part in every layer
+            unknown = torch.full((len(x_t), self.num_covariates), math.nan, device=x_t.device)
+            embedding = embedding + self.covariate_embed(unknown if covariates is None else covariates)
         x = torch.cat([x_t.to(dtype), condition.to(dtype)], dim=1)
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -158,7 +175,7 @@ class UNet3d(nn.Module):
             h = block(torch.cat([h, skip], dim=1), embedding)
         return h
 
-    def _check(self, x_t: Tensor, condition: Tensor, timesteps: Tensor) -> None:
+    def _check(self, x_t: Tensor, condition: Tensor, timesteps: Tensor, covariates: Tensor | None) -> None:
         C, K, factor = self.num_modalities, self.num_labels, self.config.downsampling_factor
         if x_t.dim() != 5 or condition.dim() != 5:
             raise DataFormatError(
@@ -189,4 +206,9 @@ class UNet3d(nn.Module):
         if timesteps.shape != x_t.shape[:1]:
             raise DataFormatError(
                 f"timesteps have shape {tuple(timesteps.shape)}, expected ({x_t.shape[0]},): one per volume"
+            )
+        if covariates is not None and covariates.shape != (x_t.shape[0], self.num_covariates):
+            raise DataFormatError(
+                f"covariates have shape {tuple(covariates.shape)}, expected ({x_t.shape[0]}, {self.num_covariates}): "
+                "one row per volume, one column for each of data.covariates"
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.files import write_json, write_text
-from hpc_ddpm.sampling.plan import Item
+from hpc_ddpm.sampling.plan import Item, text_of
 
 BIDS = "bids"
 SUFFIXES = {"t1": "T1w", "t1ce": "ce-gadolinium_T1w", "t2": "T2w", "flair": "FLAIR"}
@@ -17,8 +17,9 @@ MASK_SUFFIX = "desc-condition_dseg"
 
 
 def subject_label(item: Item) -> str:
-    """Letters and digits of the mask's id, and the replica: `sub-001`, replica 2 -> `001r002`."""
-    name = re.sub("[^0-9A-Za-z]", "", item.mask_id.removeprefix("sub-"))
+    """Letters and digits of the mask's id, covariates, and the replica: `sub-001`, replica 2 -> `001r002`."""
+    covariates = "".join(f"{name}{text_of(value)}" for name, value in item.covariates.items())
+    name = re.sub("[^0-9A-Za-z]", "", item.mask_id.removeprefix("sub-") + covariates)
     return f"{name}r{item.replica:03d}"
 
 

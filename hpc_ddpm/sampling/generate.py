@@ -1,14 +1,17 @@
-"""Volumes from masks. A volume is a function of (weights, mask, seed, settings), whatever the batch or rank."""
+"""Volumes from masks. A volume is a function of (weights, mask, covariates, seed, settings), whatever the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
 from hpc_ddpm.config import Config, SamplingConfig, config_from_dict
+from hpc_ddpm.data.covariates import to_numbers
 from hpc_ddpm.data.labels import one_hot
 from hpc_ddpm.diffusion.noise import NoiseSource
 from hpc_ddpm.diffusion.samplers import sample
@@ -21,6 +24,7 @@ def generate(
     mask: ArrayLike | torch.Tensor,
     *,
     seed: int | Sequence[int] = 0,
+    covariates: Mapping[str, Any] | Sequence[Mapping[str, Any]] = MappingProxyType({}),
     on_step: Callable[[int, int], None] = lambda done, total: None,
     **settings: object,
 ) -> torch.Tensor:
@@ -30,6 +34,7 @@ def generate(
         model: from `load_model`; decides device and precision, and carries its configuration.
         mask: (D, H, W) or (B, D, H, W) integer labels of the model's scheme; D, H, W = Z, Y, X.
         seed: one per mask, or one for the first (the following get seed + 1, ...).
+        covariates: values by name, `{"age": 63, "sex": "F"}`, for all masks or one each; what is left out is unknown.
         on_step: called with (steps done, steps in all).
         settings: fields of the sampling section: sampler, num_steps, eta, guidance_scale, clip_x_start.
 
@@ -37,7 +42,7 @@ def generate(
         (C, D, H, W) or (B, C, D, H, W) float32 in about [-1, 1], on the model's device.
 
     Raises:
-        DataFormatError: labels that the scheme does not have, or a shape the network cannot take.
+        DataFormatError: labels or covariates that the model does not have, or a shape the network cannot take.
         ConfigError: an unknown sampler or setting.
     """
     config: Config = model.config  # type: ignore[assignment]
@@ -52,6 +57,8 @@ def generate(
     device = next(model.parameters()).device
     condition = one_hot(labels.to(device=device, dtype=torch.uint8), config.data.labels)
     noise = NoiseSource(seeds, device)
+    rows = [covariates] * len(seeds) if isinstance(covariates, Mapping) else covariates
+    numbers = torch.tensor([to_numbers(row, config.data.covariates, "generate") for row in rows], device=device)
     with torch.inference_mode():
         volumes = sample(
             model,
@@ -62,6 +69,7 @@ def generate(
             sampling,
             noise=noise,
             off_value=config.data.labels.off_value,
+            covariates=numbers if config.data.covariates else None,
             progress=on_step,
         )
     return volumes[0] if is_single else volumes

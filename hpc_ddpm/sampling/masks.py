@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,12 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import Config, DataConfig
+from hpc_ddpm.data.covariates import (
+    NO_COVARIATES,
+    Covariates,
+    find_row,
+    find_table,
+    known_values,
+    to_numbers,
+    to_values,
+)
 from hpc_ddpm.data.discover import find_layout, find_masks
 from hpc_ddpm.data.geometry import Geometry
 from hpc_ddpm.data.labels import count_labels
 from hpc_ddpm.data.nifti import axis_codes, voxel_size_mm
 from hpc_ddpm.data.preprocess import prepare_mask
 from hpc_ddpm.data.shards import Packed, open_packed
+from hpc_ddpm.data.table import read_columns
 from hpc_ddpm.errors import ConfigError, DataFormatError
 
 PACKED = "packed"
@@ -32,6 +42,8 @@ class MaskSource:
     """Of its file, or of the packed dataset in which `id` is the subject."""
     layout: str
     """`packed`, or how the file is coded: see `DataConfig.layout`."""
+    covariates: Mapping[str, float | str] = field(default_factory=dict)
+    """Those that are known of the subject."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,30 +64,39 @@ class Mask:
         return hashlib.sha256(np.ascontiguousarray(self.labels).data).hexdigest()
 
 
-def find_mask_files(path: Path) -> list[MaskSource]:
-    """Mask files of a folder, tree, table or single file.
+def find_mask_files(path: Path, covariates: Covariates = NO_COVARIATES) -> list[MaskSource]:
+    """Mask files of a folder, tree, table or single file, with those of the covariates that a table there holds.
 
     Raises:
-        DataFormatError: nothing found.
+        DataFormatError: nothing found, or a covariate's cell is wrong.
     """
     try:
         layout = find_layout(path)
     except DataFormatError:  # a file or a plain folder of masks
         layout = "tree"
-    return [MaskSource(mask_id, str(file.resolve()), layout) for mask_id, file in find_masks(path)]
+    table = find_table(path) if covariates else None
+    rows = read_columns(table, covariates) if table else {}
+
+    def of(mask_id: str) -> dict[str, float | str]:
+        return known_values(find_row(rows, mask_id) or {}, covariates, f"{table}, {mask_id}")
+
+    return [MaskSource(mask_id, str(file.resolve()), layout, of(mask_id)) for mask_id, file in find_masks(path)]
 
 
-def find_packed_masks(path: str, split: str | None = None, subjects: Sequence[str] = ()) -> list[MaskSource]:
-    """Masks of a packed dataset: of one split, or of the subjects named.
+def find_packed_masks(
+    path: str, split: str | None = None, subjects: Sequence[str] = (), covariates: Covariates = NO_COVARIATES
+) -> list[MaskSource]:
+    """Masks of a packed dataset: of one split, or of the subjects named; with those of the covariates packed there.
 
     Raises:
-        ConfigError: no packed dataset is named.
+        ConfigError: no packed dataset is named, or a covariate was packed with other values.
         DataFormatError: nobody is in the split, or a subject is not in the dataset.
     """
     if not path:
         raise ConfigError("no masks: give --masks PATH, or data.path=PACKED to take them from a packed dataset")
-    everyone = open_packed(path).subjects()
-    chosen = [subject.id for subject in everyone if split in (None, subject.split)]
+    packed = open_packed(path)
+    everyone = packed.subjects()
+    chosen = {subject.id: subject.index for subject in everyone if split in (None, subject.split)}
     if not chosen:
         there = ", ".join(sorted({subject.split for subject in everyone}))
         raise DataFormatError(f"{path}: no subject in split '{split}', found {there}; choose one with --split")
@@ -84,7 +105,30 @@ def find_packed_masks(path: str, split: str | None = None, subjects: Sequence[st
         raise DataFormatError(
             f"{path}: no subject {', '.join(unknown[:5])} among its {len(chosen)}; `hpc-ddpm data ls {path}` lists them"
         )
-    return [MaskSource(subject, str(Path(path).resolve()), PACKED) for subject in subjects or chosen]
+    shared = {name: covariate for name, covariate in covariates.items() if name in packed.data.covariates}
+    numbers, where = packed.covariates(shared).tolist(), str(Path(path).resolve())
+    return [
+        MaskSource(subject, where, PACKED, to_values(numbers[chosen[subject]], shared))
+        for subject in subjects or chosen
+    ]
+
+
+def with_covariates(masks: Sequence[MaskSource], given: Sequence[str], covariates: Covariates) -> list[MaskSource]:
+    """The masks with `NAME=VALUE` instead of what is known of their subjects; n/a is unknown.
+
+    Raises:
+        ConfigError: not of this form.
+        DataFormatError: a name or a value that the model has not.
+    """
+    pairs = [text.partition("=") for text in given]
+    if not all(name and separator for name, separator, _ in pairs):
+        raise ConfigError(f"--covariate {' '.join(given)}: expected NAME=VALUE, such as age=63")
+    values = {name: value for name, _, value in pairs}
+    to_numbers(values, covariates, "--covariate")
+    return [
+        replace(mask, covariates=known_values({**mask.covariates, **values}, covariates, "--covariate"))
+        for mask in masks
+    ]
 
 
 def load_mask(source: MaskSource, config: Config) -> Mask:

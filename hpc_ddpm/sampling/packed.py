@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.claims import Writer
+from hpc_ddpm.data.covariates import to_numbers
 from hpc_ddpm.data.discover import Subject
 from hpc_ddpm.data.plan import Row, chunks, digest_of
 from hpc_ddpm.data.preprocess import Prepared
@@ -44,7 +45,7 @@ def write_packed_row(
     intensity = np.tile(np.array([-1, 1], np.float32), (data.num_modalities, 1))
     prepared = Prepared(image, mask.labels, mask.geometry.affine, mask.geometry, intensity)
     path = row_path(out, item.id)
-    write_row(path, _row(item, checksums), prepared, data, scratch)
+    write_row(path, _row(item, checksums, data), prepared, data, scratch)
     fsync(path)
     return checksums
 
@@ -63,7 +64,7 @@ def assemble(out: Path, items: Iterable[Item], packed_records: Mapping[str, Any]
     entries = list(read_index(folder).shards) if (folder / INDEX).exists() else []
     published = {subject for entry in entries for subject in entry["id"]}
     rows = [
-        _row(item, packed_records[item.id])
+        _row(item, packed_records[item.id], data)
         for item in sorted(items, key=lambda item: item.id)
         if item.id in packed_records and item.id not in published
     ]
@@ -79,6 +80,7 @@ def assemble(out: Path, items: Iterable[Item], packed_records: Mapping[str, Any]
             row_path(out, subject).unlink(missing_ok=True)
 
 
-def _row(item: Item, checksums: Mapping[str, str]) -> Row:
+def _row(item: Item, checksums: Mapping[str, str], data: DataConfig) -> Row:
     key = digest_of([item.id, checksums["crc32_image"], checksums["crc32_mask"]])
-    return Row(Subject(item.id, Path(item.mask), {}), key[:16], 0, key)
+    covariates = to_numbers(item.covariates, data.covariates, item.id)
+    return Row(Subject(item.id, Path(item.mask), {}, covariates=covariates), key[:16], 0, key)

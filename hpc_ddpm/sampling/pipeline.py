@@ -104,9 +104,10 @@ class Pipeline:
 
     def _generate(self, batch: list[Job]) -> list[tuple[Job, np.ndarray, float]]:
         began = time.perf_counter()
-        labels = np.stack([job.mask.labels for job in batch])
+        labels, seeds = np.stack([job.mask.labels for job in batch]), [job.seed for job in batch]
+        covariates = [job.item.covariates for job in batch]
         try:
-            volumes = generate(self.model, labels, seed=[job.seed for job in batch], on_step=self._look_up)
+            volumes = generate(self.model, labels, seed=seeds, covariates=covariates, on_step=self._look_up)
         except BaseException:
             for job in batch:
                 job.lease.close()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.errors import ConfigError, DataFormatError
@@ -33,20 +35,49 @@ class Item:
     """`packed`, or how the file is coded: see `DataConfig.layout`."""
     replica: int
     seed: int
+    covariates: Mapping[str, float | str] = field(default_factory=dict)
+    """Those that are known; they are in the id."""
 
     @property
     def source(self) -> MaskSource:
         """Where its mask is."""
-        return MaskSource(self.mask_id, self.mask, self.layout)
+        return MaskSource(self.mask_id, self.mask, self.layout, self.covariates)
 
 
 def build_plan(masks: Iterable[MaskSource], replicas: int, seed: int) -> list[Item]:
-    """Every mask `replicas` times; more replicas or masks later leave the earlier items as they are."""
+    """Every mask `replicas` times; more replicas or masks later leave the earlier items as they are.
+
+    Volumes that differ in covariates alone have the same seed: the same noise, so that they can be compared.
+    """
     return [
-        Item(f"{mask.id}_r{replica:03d}", mask.id, mask.path, mask.layout, replica, volume_seed(seed, mask.id, replica))
+        Item(
+            f"{mask.id}{_tag(mask.covariates)}_r{replica:03d}",
+            mask.id,
+            mask.path,
+            mask.layout,
+            replica,
+            volume_seed(seed, mask.id, replica),
+            mask.covariates,
+        )
         for mask in masks
         for replica in range(replicas)
     ]
+
+
+def item_of(record: Mapping[str, Any]) -> Item:
+    """The item in a sidecar."""
+    known = {entry.name: record[entry.name] for entry in fields(Item) if entry.name in record}
+    return Item(**known)
+
+
+def text_of(value: float | str) -> str:
+    """A covariate's value in names of files: letters, digits and `.`."""
+    return re.sub(r"[^0-9A-Za-z.]", "", f"{value:g}" if isinstance(value, float) else value)
+
+
+def _tag(covariates: Mapping[str, float | str]) -> str:
+    """`_age-63_sex-F`."""
+    return "".join(f"_{name}-{text_of(value)}" for name, value in covariates.items())
 
 
 def volume_seed(seed: int, mask_id: str, replica: int) -> int:
@@ -102,15 +133,22 @@ def _missing(out: Path, planned: Iterable[Item], wanted: Iterable[Item]) -> list
         found = known.get(item.id, item)
         if found != item:
             raise ConfigError(
-                f"{out}: {item.id} is planned from {found.mask} with seed {found.seed}, asked for from {item.mask} "
-                f"with seed {item.seed}; choose another --out"
+                f"{out}: {item.id} is planned from {_origin(found)}, asked for from {_origin(item)}; "
+                "choose another --out"
             )
     return [item for item in wanted if item.id not in known]
 
 
+def _origin(item: Item) -> str:
+    covariates = "".join(f", {name} {value}" for name, value in item.covariates.items())
+    return f"{item.mask} with seed {item.seed}{covariates}"
+
+
 def _write(path: Path, items: Iterable[Item], scratch: Path) -> None:
     with atomic_path(path, scratch=scratch) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+        for item in items:
+            line = {name: value for name, value in asdict(item).items() if name != "covariates" or value}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _hash63(text: str) -> int:

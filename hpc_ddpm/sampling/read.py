@@ -15,7 +15,7 @@ from hpc_ddpm.data.shards import INT16_SCALE, Packed, open_packed
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.sampling.bids import bids_stem
 from hpc_ddpm.sampling.packed import PACKED
-from hpc_ddpm.sampling.plan import Item
+from hpc_ddpm.sampling.plan import Item, item_of
 from hpc_ddpm.sampling.write import MASK
 
 
@@ -42,7 +42,7 @@ def read_generated(out: Path, record: dict[str, Any], data: DataConfig) -> Gener
     """
     if not record.get("files"):
         return _read_packed(out, record["id"])
-    item = Item(**{name: record[name] for name in ("id", "mask_id", "mask", "layout", "replica", "seed")})
+    item = item_of(record)
     volumes = [read_nifti(out / _path(record, item, modality)) for modality in data.modalities]
     mask = read_nifti(out / _path(record, item, MASK), dtype=np.uint8)
     return Generated(np.stack([volume.data for volume in volumes]), mask.data, mask.affine)

@@ -17,7 +17,7 @@ from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.sampling.folder import SampleFolder, find_folder
 from hpc_ddpm.sampling.generate import generate
 from hpc_ddpm.sampling.masks import load_mask
-from hpc_ddpm.sampling.plan import Item
+from hpc_ddpm.sampling.plan import item_of
 from hpc_ddpm.sampling.run import exact_kernels
 from hpc_ddpm.sampling.write import voxels_sha256, write_outputs
 
@@ -79,7 +79,7 @@ def reproduce(
             f"{record['id']}: made with weights {record['weights']['sha256'][:12]}, given {weights_sha256[:12]}; "
             "give the weights it was made with by --weights"
         )
-    item = Item(**{name: record[name] for name in ("id", "mask_id", "mask", "layout", "replica", "seed")})
+    item = item_of(record)
     mask = load_mask(item.source, config)
     if mask.sha256 != record["mask_sha256"]:
         raise DataFormatError(f"{item.mask}: the mask {item.mask_id} has changed since {item.id} was made; restore it")
@@ -87,7 +87,8 @@ def reproduce(
     if device.type == "cpu":
         torch.set_num_threads(record["threads"])
     with exact_kernels(config, device):
-        volume = generate(model, mask.labels[None], seed=[item.seed], on_step=on_step)[0].float().cpu().numpy()
+        volumes = generate(model, mask.labels[None], seed=[item.seed], covariates=item.covariates, on_step=on_step)
+        volume = volumes[0].float().cpu().numpy()
     with tempfile.TemporaryDirectory() as scratch:
         again = Path(scratch)
         made = write_outputs(again, item, volume, mask, config, again / ".scratch")

@@ -224,7 +224,7 @@ def _plan(
     wanted = build_plan(masks, config.sampling.replicas, config.seed)
     items = extend_manifest(folder.path, wanted, writer)
     if not masks:
-        known = dict.fromkeys(item.source for item in items)
+        known = [item.source for item in items if item.replica == 0]
         wanted = build_plan(known, config.sampling.replicas, config.seed)
         items = extend_manifest(folder.path, wanted, writer)
     if BIDS in config.sampling.output.formats:

@@ -86,10 +86,12 @@ def _check_record(item: Item, record: dict[str, Any]) -> Iterator[Problem]:
         "mask_id": item.mask_id,
         "replica": item.replica,
         "seed": try_seed(item.seed, record.get("attempt", 0)),
+        "covariates": item.covariates,
     }
     for name, value in wanted.items():
-        if record.get(name) != value:
-            yield Problem("mismatch", item.id, f"{name} {record.get(name)} in the sidecar, {value} by the manifest")
+        found = record.get(name, {} if name == "covariates" else None)
+        if found != value:
+            yield Problem("mismatch", item.id, f"{name} {found} in the sidecar, {value} by the manifest")
 
 
 def _check_file(folder: SampleFolder, item: Item, path: str, digest: str) -> Problem | None:

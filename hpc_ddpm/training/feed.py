@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -10,10 +11,10 @@ from hpc_ddpm.config import Config
 from hpc_ddpm.data.dataset import Batch, Expand, VolumeDataset
 from hpc_ddpm.data.loader import build_loader, copy_ahead
 from hpc_ddpm.data.patches import PatchDataset, SampleBatches
-from hpc_ddpm.data.sampler import StepBatches
-from hpc_ddpm.diffusion.gaussian import TrainingDraw, draw_training
+from hpc_ddpm.data.sampler import StepBatches, dataset_index
+from hpc_ddpm.diffusion.gaussian import TrainingDraw, draw_training, drop_covariates
 from hpc_ddpm.diffusion.noise import mix64
-from hpc_ddpm.distributed import Ranks, StopFlag
+from hpc_ddpm.distributed import Ranks, StopFlag, all_or_none
 from hpc_ddpm.errors import HpcDdpmError
 
 
@@ -49,21 +50,28 @@ class Feed:
         )
         self.accumulation = self.batches.accumulation
         self._expand = Expand(config.data.labels, config.augment, self.seed)
+        self._covariates = all_or_none(partial(dataset.covariates, config.data.covariates)).to(device)
         self._loader = self._until_failure(dataset)
 
     def read(self) -> Batch:
         """The next micro batch, as stored, on the device."""
         return next(self._loader)
 
-    def prepare(self, batch: Batch, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor, TrainingDraw]:
-        """Clean volumes (B, C, D, H, W), condition (B, K, D, H, W), and what chance decides for them."""
+    def prepare(
+        self, batch: Batch, step: int, micro_step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, TrainingDraw, torch.Tensor | None]:
+        """Clean volumes (B, C, D, H, W), condition (B, K, D, H, W), what chance decides for them, covariates (B, V)."""
         samples = self.batches.sample_indices(step, micro_step)
         x_start, condition = self._expand(batch["image"], batch["mask"], samples)
-        return (
-            x_start,
-            condition,
-            draw_training(self.seed, samples, x_start.shape[1:], self.config.diffusion, self.device),
-        )
+        draw = draw_training(self.seed, samples, x_start.shape[1:], self.config.diffusion, self.device)
+        return x_start, condition, draw, self._covariates_of(samples)
+
+    def _covariates_of(self, samples: Sequence[int]) -> torch.Tensor | None:
+        """(B, V), some of them dropped; None where the network has none."""
+        if not self.config.data.covariates:
+            return None
+        of_volumes = self._covariates[[dataset_index(self.seed, index, len(self._covariates)) for index in samples]]
+        return drop_covariates(of_volumes, self.seed, samples, self.config.diffusion.covariate_dropout)
 
     def _until_failure(self, dataset: VolumeDataset) -> Iterator[Batch]:
         num_workers, shape = self.config.data.num_workers, self.config.data.training_shape

@@ -12,12 +12,15 @@ import torch
 
 from hpc_ddpm.config import Config, DataConfig
 from hpc_ddpm.errors import CheckpointError, ConfigError
+from hpc_ddpm.model.covariates import feature_names
+from hpc_ddpm.model.initial import initial_tensors
 from hpc_ddpm.model.unet3d import build_unet
 from hpc_ddpm.weights import read_weights
 
-CHANNEL_AXES = {"input_blocks.0.0.weight": 1, "out.2.weight": 0, "out.2.bias": 0}
-"""Tensors that have an axis of modalities (the first also of labels), and which it is."""
-INPUT = "input_blocks.0.0.weight"
+EMBEDDING = "covariate_embed."
+INPUT, FEATURES = "input_blocks.0.0.weight", f"{EMBEDDING}0.weight"
+CHANNEL_AXES = {INPUT: 1, FEATURES: 1, "out.2.weight": 0, "out.2.bias": 0}
+"""Tensors that have an axis of modalities (the first also of labels) or of covariates' features, and which it is."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def start_from(config: Config) -> Start:
     """The weights of `training.init_from` for the network of `config`.
 
     Modalities and labels are matched by name; where none is known and there are as many as before, in their order. A
-    new one starts at zero: the network begins as the old one, and learns to see and to draw it.
+    new one starts at zero: the network begins as the old one, and learns to see and to draw it. So do new covariates.
 
     Raises:
         CheckpointError: no weights there, or their network differs in more than its modalities and labels.
@@ -44,16 +47,22 @@ def start_from(config: Config) -> Start:
         )
     weights = read_weights(source)
     old, new = weights.config.data, config.data
+    _check_scales(source, old, new)
     images, labels = _match(new.modalities, old.modalities), _match(_labels(new), _labels(old))
     inputs = [*images, *(None if index is None else old.num_modalities + index for index in labels)]
-    is_same = inputs == list(range(old.num_modalities + old.num_labels))
+    features = _places(feature_names(new.covariates), feature_names(old.covariates))
+    is_added = bool(new.covariates) and not old.covariates
+    state = {**weights.state_dict, **(_new_embedding(config) if is_added else {})}
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in build_unet(config).state_dict().items()}
-    tensors = {}
+    tensors, adapted = {}, []
     for name, shape in expected.items():
-        found = weights.state_dict.get(name)
-        if found is not None and name in CHANNEL_AXES and not is_same:
-            found = _adapt(found.float(), CHANNEL_AXES[name], inputs if name == INPUT else images)
+        found = state.get(name)
+        if found is not None and name in CHANNEL_AXES and not (is_added and name == FEATURES):
+            places = {INPUT: inputs, FEATURES: features}.get(name, images)
+            if places != list(range(found.shape[CHANNEL_AXES[name]])):
+                found = _adapt(found.float(), CHANNEL_AXES[name], places)
+                adapted.append(name)
         if found is None or found.shape != shape:
             there = "absent" if found is None else list(found.shape)
             raise CheckpointError(
@@ -61,12 +70,14 @@ def start_from(config: Config) -> Start:
                 f"only data.* may differ, set model.* as in {source / 'config.json'}"
             )
         tensors[name] = found.float()
+    num_new = sum(name not in weights.state_dict for name in tensors)
     report = {
         "init_from": str(source),
-        "kept_tensors": len(tensors) - (0 if is_same else len(CHANNEL_AXES)),
-        "adapted_tensors": [] if is_same else list(CHANNEL_AXES),
+        "kept_tensors": len(tensors) - len(adapted) - num_new,
+        "adapted_tensors": adapted,
         "modalities": _describe(new.modalities, old.modalities, images),
         "labels": _describe(_labels(new), _labels(old), labels),
+        "covariates": _describe([*new.covariates], [*old.covariates], _places([*new.covariates], [*old.covariates])),
     }
     return Start(tensors, report)
 
@@ -77,7 +88,7 @@ def start_line(report: dict[str, Any]) -> str:
     if "init_from" in report:
         channels = [
             f"{kind} {what} {', '.join(report[kind][what])}"
-            for kind in ("modalities", "labels")
+            for kind in ("modalities", "labels", "covariates")
             for what in ("kept", "new", "dropped")
             if report[kind][what]
         ]
@@ -125,7 +136,26 @@ def _match(new: Sequence[str], old: Sequence[str]) -> list[int | None]:
     """For every new name, where it was before."""
     if not set(new) & set(old) and len(new) == len(old):
         return list(range(len(old)))
+    return _places(new, old)
+
+
+def _places(new: Sequence[str], old: Sequence[str]) -> list[int | None]:
     return [old.index(name) if name in old else None for name in new]
+
+
+def _check_scales(source: Path, old: DataConfig, new: DataConfig) -> None:
+    for name in set(old.covariates) & set(new.covariates):
+        before, after = old.covariates[name], new.covariates[name]
+        if (before.mean, before.std) != (after.mean, after.std) and not before.values and not after.values:
+            raise CheckpointError(
+                f"training.init_from={source} knows {name} by mean {before.mean:g} and std {before.std:g}, "
+                f"data.covariates says {after.mean:g} and {after.std:g}; keep those of the old network"
+            )
+
+
+def _new_embedding(config: Config) -> dict[str, torch.Tensor]:
+    """Of covariates where there was none: as in a new network, so that it adds nothing at first."""
+    return {name: tensor for name, tensor in initial_tensors(config) if name.startswith(EMBEDDING)}
 
 
 def _adapt(tensor: torch.Tensor, axis: int, places: Sequence[int | None]) -> torch.Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from hpc_ddpm.config import CovariateConfig
 from hpc_ddpm.data.dataset import VolumeDataset
 from hpc_ddpm.distributed import Ranks, all_or_none
 
@@ -27,17 +28,27 @@ class HeldOutVolume(NamedTuple):
     """(1, C, D, H, W) as stored."""
     mask: torch.Tensor
     """(1, D, H, W) uint8."""
+    covariates: torch.Tensor | None = None
+    """(1, V), NaN where unknown; None where the network has none."""
 
 
 class HeldOut:
-    """At most `limit` volumes of the val split, spread evenly over it.
+    """At most `limit` volumes of the val split, spread evenly over it, with these covariates.
 
     Raises:
         DataFormatError: the val split is empty.
     """
 
-    def __init__(self, packed: Path, limit: int, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self,
+        packed: Path,
+        limit: int,
+        covariates: Mapping[str, CovariateConfig],
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
         self.dataset, self.ranks, self.device = VolumeDataset(packed, "val"), ranks, device
+        self._covariates = self.dataset.covariates(covariates).to(device) if covariates else None
         total = len(self.dataset)
         self.positions = [number * total // min(limit, total) for number in range(min(limit, total))]
 
@@ -55,4 +66,6 @@ class HeldOut:
             number = turn_number % len(self)
             item = all_or_none(partial(self.dataset.__getitem__, self.positions[number]))
             image, mask = item["image"][None].to(self.device), item["mask"][None].to(self.device)
-            yield HeldOutVolume(number, turn_number >= len(self), self.positions[number], image, mask)
+            position = self.positions[number]
+            covariates = None if self._covariates is None else self._covariates[position, None]
+            yield HeldOutVolume(number, turn_number >= len(self), position, image, mask, covariates)

@@ -32,6 +32,7 @@ from hpc_ddpm.training.meter import Meter
 from hpc_ddpm.training.previews import Previews
 from hpc_ddpm.training.profiling import DATA, OPTIMIZER, Profiler
 from hpc_ddpm.training.profiling import FOLDER as PROFILE
+from hpc_ddpm.training.resume import CONFIG_FILE, check_resume
 from hpc_ddpm.training.saver import Saver
 from hpc_ddpm.training.validation import Validation
 from hpc_ddpm.training.watchdog import Watchdog
@@ -63,8 +64,8 @@ def train(
 
     Args:
         config: complete; `data.path` names the packed dataset.
-        run_dir: takes metrics, TensorBoard files, previews, `deepspeed.json`, `start.json`, the choice of
-            `activation_checkpointing=auto` and checkpoints.
+        run_dir: takes `config.json`, metrics, TensorBoard files, previews, `deepspeed.json`, `start.json`, the choice
+            of `activation_checkpointing=auto` and checkpoints.
         ranks: as detected.
         device: of this rank.
         on_log: called on rank 0 after every step, with the numbers of the step where they were logged.
@@ -72,13 +73,16 @@ def train(
         stop: one that has been listening already.
 
     Raises:
-        ConfigError: the configuration contradicts the packed dataset or the number of ranks, or does not fit.
+        ConfigError: the configuration contradicts the run, the packed dataset or the number of ranks, or does not fit.
         CheckpointError: a checkpoint does not fit or cannot be written.
         ClusterError: no room for `config.data.stage_dir` or `config.data.cache`.
         DataFormatError: a volume is damaged; on all ranks.
         TrainingError: the loss diverged, and again after `max_rollbacks` roll-backs.
     """
     training = config.training
+    all_or_none(partial(check_resume, run_dir, config))
+    if ranks.is_main:
+        write_json(run_dir / CONFIG_FILE, config.dump(), indent=2)
     folder = agree_on_latest(run_dir / "checkpoints", ranks)
     start = step_of(folder) if folder else 0
     if start >= training.num_steps:
@@ -186,9 +190,11 @@ def _one_step(
         with record_function(DATA):
             with meter.waiting():
                 batch = feed.read()
-            x_start, condition, draw = feed.prepare(batch, step, micro_step)
-        loss = training_loss(engine.deepspeed, x_start, condition, draw, schedule, config.diffusion, off_value).mean()
-        loss = fault.harm(loss, step + 1)
+            x_start, condition, draw, covariates = feed.prepare(batch, step, micro_step)
+        losses_of_samples = training_loss(
+            engine.deepspeed, x_start, condition, draw, schedule, config.diffusion, off_value, covariates
+        )
+        loss = fault.harm(losses_of_samples.mean(), step + 1)
         engine.backward(loss)
         with record_function(OPTIMIZER):
             engine.step(rate)
@@ -217,16 +223,17 @@ def _look(
 
 
 def agree_with_packed(data: DataConfig) -> DataConfig:
-    """The packed dataset's own description, with this run's reading settings.
+    """The packed dataset's own description, with this run's reading settings and covariates, which may be fewer.
 
     Raises:
-        ConfigError: the run asks for other modalities, labels, size or intensities than were packed.
+        ConfigError: the run asks for other modalities, labels, size, intensities or covariates than were packed.
     """
     from hpc_ddpm.data.shards import open_packed
 
     if not data.path:
         raise ConfigError("no data: give --data PACKED (or data.path), a folder made by `hpc-ddpm pack`")
-    packed = open_packed(data.path).data
+    dataset = open_packed(data.path)
+    packed = dataset.data
     for name in ("modalities", "size", "orientation", "normalization", "labels"):
         found, wanted = getattr(packed, name), getattr(data, name)
         if found != wanted:
@@ -234,7 +241,9 @@ def agree_with_packed(data: DataConfig) -> DataConfig:
                 f"data.{name}: {data.path} was packed with {_plain(found)}, this run asks for {_plain(wanted)}; "
                 "train with the configuration it was packed with, or pack again"
             )
-    return packed.model_copy(update={name: getattr(data, name) for name in READING_SETTINGS})
+    dataset.check_covariates(data.covariates)
+    own = (*READING_SETTINGS, "covariates")
+    return packed.model_copy(update={name: getattr(data, name) for name in own})
 
 
 def _plain(value: Any) -> Any:

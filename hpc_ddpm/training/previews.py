@@ -42,7 +42,8 @@ class Previews:
 
     def __init__(self, config: Config, packed: Path, run_dir: Path, ranks: Ranks, device: torch.device) -> None:
         self.config, self.folder, self.ranks, self.device = config, run_dir / FOLDER, ranks, device
-        self.volumes = HeldOut(packed, config.training.preview_volumes, ranks, device)
+        limit, covariates = config.training.preview_volumes, config.data.covariates
+        self.volumes = HeldOut(packed, limit, covariates, ranks, device)
         self.schedule = build_schedule(config.diffusion)
 
     def make(self, engine: Engine, step: int, log: RunLog) -> dict[str, float]:
@@ -65,7 +66,7 @@ class Previews:
         return {"preview_fidelity": float(np.mean([score for _, _, score in everything]))}
 
     def _sample(self, network: Model, volume: HeldOutVolume) -> NDArray[np.float32]:
-        """(C, D, H, W): a function of (weights, mask, seed, sampling settings)."""
+        """(C, D, H, W): a function of (weights, mask, covariates, seed, sampling settings)."""
         config = self.config
         condition = one_hot(volume.mask, config.data.labels)
         noise = NoiseSource([mix64(config.seed, volume.position, _SEED)], self.device)
@@ -78,6 +79,7 @@ class Previews:
             config.sampling,
             noise=noise,
             off_value=config.data.labels.off_value,
+            covariates=volume.covariates,
         )
         values: NDArray[np.float32] = generated[0].float().cpu().numpy()
         return values

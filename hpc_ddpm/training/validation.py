@@ -30,7 +30,7 @@ class Validation:
 
     def __init__(self, config: Config, packed: Path, ranks: Ranks, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.volumes = HeldOut(packed, config.training.validation_volumes, ranks, device)
+        self.volumes = HeldOut(packed, config.training.validation_volumes, config.data.covariates, ranks, device)
         self.schedule = build_schedule(config.diffusion).to(device)
         self._expand = Expand(config.data.labels)
         T = config.diffusion.num_timesteps
@@ -62,5 +62,7 @@ class Validation:
                 noise=sample_noise(x_start.shape[1:], [mix64(*key, _NOISE)], self.device),
                 keep=torch.tensor([True], device=self.device),
             )
-            losses += training_loss(network, x_start, condition, draw, self.schedule, self.config.diffusion, off_value)
+            losses += training_loss(
+                network, x_start, condition, draw, self.schedule, self.config.diffusion, off_value, volume.covariates
+            )
         return torch.stack(losses)

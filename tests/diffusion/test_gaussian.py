@@ -6,6 +6,7 @@ from hpc_ddpm.diffusion import TrainingDraw, build_schedule, training_loss
 from hpc_ddpm.diffusion.gaussian import (
     blank_condition,
     diffusion_loss,
+    drop_covariates,
     min_snr_weight,
     predict_epsilon,
     predict_x_start,
@@ -120,3 +121,25 @@ def test_training_loss_puts_the_pieces_together(prediction_type: str, gamma: flo
     assert torch.equal(seen["x_t"], q_sample(x_start, TIMESTEPS, noise, SCHEDULE))
     assert (seen["condition"][2] == -1).all() and torch.equal(seen["condition"][:2], condition[:2])
     assert torch.equal(seen["timesteps"], TIMESTEPS)
+
+
+def test_a_dropped_condition_takes_its_covariates_along() -> None:
+    x_start, condition, covariates = torch.rand(3, 1, 2, 2, 2), torch.rand(3, 2, 2, 2, 2), torch.rand(3, 2)
+    draw = TrainingDraw(torch.tensor([1, 2, 3]), torch.randn(3, 1, 2, 2, 2), torch.tensor([True, False, True]))
+    seen: list[torch.Tensor] = []
+
+    def model(x_t: torch.Tensor, given: torch.Tensor, at: torch.Tensor, covariates: torch.Tensor) -> torch.Tensor:
+        seen.append(covariates)
+        return torch.zeros_like(x_t)
+
+    training_loss(model, x_start, condition, draw, SCHEDULE, DiffusionConfig(), covariates=covariates)
+    assert seen[0][1].isnan().all() and torch.equal(seen[0][[0, 2]], covariates[[0, 2]])
+
+
+def test_covariates_are_dropped_each_by_itself() -> None:
+    covariates = torch.rand(2000, 2)
+    dropped = drop_covariates(covariates, 5, range(2000), 0.3).isnan()
+    assert dropped.float().mean(0).tolist() == pytest.approx([0.3, 0.3], abs=0.04)
+    assert dropped.all(1).float().mean() == pytest.approx(0.09, abs=0.03)
+    assert torch.equal(drop_covariates(covariates[:3], 5, [7, 1999, 0], 0.3).isnan(), dropped[[7, 1999, 0]])
+    assert torch.equal(drop_covariates(covariates, 5, range(2000), 0.0), covariates)

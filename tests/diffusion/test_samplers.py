@@ -323,3 +323,16 @@ def test_ddim_without_noise_ignores_the_source() -> None:
 def test_any_schedule_object_will_do() -> None:
     schedule = Schedule.from_betas(torch.full((8,), 0.2))
     assert [level.timestep for level in build_path(schedule, 4)] == [7, 3, 1, 0]
+
+
+def test_guidance_contrasts_given_covariates_with_unknown_ones() -> None:
+    seen: list[tuple[float, ...]] = []
+
+    def model(x: Tensor, condition: Tensor, at: Tensor, covariates: Tensor | None = None) -> Tensor:
+        seen.append((float(condition.max()), *([] if covariates is None else covariates.flatten().tolist())))
+        return x
+
+    condition, covariates = torch.ones(1, 1, 4, 4, 4), torch.tensor([[63.0, 1.0]])
+    predict = x_start_predictor(model, condition, COSINE, "x_start", guidance_scale=3.0, covariates=covariates)
+    predict(torch.zeros(1, 1, 4, 4, 4), 20)
+    assert seen == [(1.0, 63.0, 1.0), (0.0,)]

@@ -1,0 +1,49 @@
+"""What a run may change when it goes on; the training loop itself refuses the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hpc_ddpm.checkpoint import checkpoint_dir
+from hpc_ddpm.config import Config, load_config
+from hpc_ddpm.distributed import Ranks, process_group
+from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.training.loop import train
+from hpc_ddpm.training.resume import check_resume, stored_config
+from tests.conftest import TINY
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, [*TINY, *overrides]).config
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A run directory whose newest checkpoint is of step 3."""
+    checkpoint_dir(tmp_path / "checkpoints", 3).mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(config().dump()))
+    return tmp_path
+
+
+def test_the_loop_refuses_another_batch_with_the_arithmetic(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPC_DDPM_DEVICE", "cpu")
+    with (
+        process_group(Ranks()) as device,
+        pytest.raises(ConfigError, match=r"3 steps x 4 = 12 volumes .* after 3 x 8 = 24; keep 4") as error,
+    ):
+        train(config("training.global_batch=8"), begun, Ranks(), device)
+    assert "\n" not in str(error.value)
+    assert stored_config(begun) == config()
+
+
+def test_what_may_change_and_what_may_not(begun: Path, tmp_path: Path) -> None:
+    check_resume(begun, config("training.global_batch=8", "training.allow_batch_change=true"))
+    check_resume(begun, config("training.zero_stage=3", "training.micro_batch=2", "sampling.num_steps=9"))
+    check_resume(tmp_path / "new", config("seed=7"))
+    covariates = "data.covariates={age: {mean: 50, std: 15}}"
+    for setting, problem in (("seed=7", "seed 0 -> 7"), (covariates, r"data\.covariates {} -> ")):
+        with pytest.raises(ConfigError, match=f"was started with other settings: {problem}"):
+            check_resume(begun, config(setting, "training.global_batch=8", "training.allow_batch_change=true"))
