@@ -6,9 +6,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from hpc_ddpm.benchmark.step import PlainStep
 from hpc_ddpm.config import load_config
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.model.gpus import peak_flops
-from tests.conftest import TINY
+from tests.conftest import TINY, rank_environment
+from tests.forks import Fork
 
 SETUP = Setup(torch.device("cpu"), is_full=False)
 
@@ -101,7 +103,12 @@ def test_unknown_parts_and_missing_devices_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
+def test_every_part_runs_on_a_cpu(tmp_path: Path, fork: Callable[..., Fork], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_forked(command: list[str], path: Path, limit_s: float, device: str) -> dict[str, Any]:
+        assert fork(command[1:], rank_environment()).wait(limit_s) == 0
+        return json.loads(path.read_text())
+
+    monkeypatch.setattr("hpc_ddpm.benchmark.gpu_check.run.run_limited", run_forked)
     parts = [name for name in PARTS if not name.endswith("brats_192")]  # the same functions on another preset
     results = gpu_check(tmp_path, device="cpu", size="small", minutes=8, only=parts)
     assert list(results) == parts

@@ -6,9 +6,9 @@ Prints how long it took, how many workers were killed, and whether the set is wh
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -18,6 +18,7 @@ from hpc_ddpm.config import load_config
 from hpc_ddpm.data.phantom import write_phantoms
 from hpc_ddpm.sampling.verify import verify_set
 from tests.conftest import rank_environment
+from tests.forks import Fork, Server
 from tests.sampling.conftest import QUICK, save_random_weights, voxels
 
 NUM_WORKERS, NUM_MASKS = 4, 10
@@ -37,12 +38,15 @@ def generate_under_fire(folder: Path, num_volumes: int, seed: int = 0) -> Outcom
     """The same set by killed workers and by one process that is left alone."""
     weights = save_random_weights(folder / "weights", load_config(None, QUICK).config)
     masks = write_phantoms(folder / "masks", NUM_MASKS, (16, 16, 16), seed=1) / "mask"
-    command = [sys.executable, "-m", "launch.cli", "sample", str(weights), "--masks", str(masks), "--quiet"]
+    command = ["-m", "launch.cli", "sample", str(weights), "--masks", str(masks), "--quiet"]
     command += ["--replicas", str(num_volumes // NUM_MASKS), "--out"]
     began = time.monotonic()
-    killed = _run_workers([*command, str(folder / "fire")], num_volumes, folder / "fire", random.Random(seed))
-    middle = time.monotonic()
-    subprocess.run([*command, str(folder / "calm")], env=rank_environment(), check=True, stdout=subprocess.DEVNULL)
+    with Server(rank_environment()) as server:
+        killed = _run_workers(
+            server, [*command, str(folder / "fire")], num_volumes, folder / "fire", random.Random(seed)
+        )
+        middle = time.monotonic()
+        assert _start(server, [*command, str(folder / "calm")]).wait() == 0
     return Outcome(
         num_volumes,
         killed,
@@ -53,13 +57,14 @@ def generate_under_fire(folder: Path, num_volumes: int, seed: int = 0) -> Outcom
     )
 
 
-def _run_workers(command: list[str], num_volumes: int, out: Path, dice: random.Random) -> int:
+def _start(server: Server, command: list[str]) -> Fork:
+    with Path(os.devnull).open("w") as nowhere:
+        return Fork(server, command, rank_environment(), stdout=nowhere)
+
+
+def _run_workers(server: Server, command: list[str], num_volumes: int, out: Path, dice: random.Random) -> int:
     """Start workers, kill one every few seconds and start another, until all volumes are there."""
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, env=rank_environment(), stdout=subprocess.DEVNULL)
-
-    workers, killed, next_kill = [start() for _ in range(NUM_WORKERS)], 0, 0
+    workers, killed, next_kill = [_start(server, command) for _ in range(NUM_WORKERS)], 0, 0
     while any(worker.poll() is None for worker in workers):
         time.sleep(dice.uniform(0.2, 0.6))
         done = len(list((out / "sidecar").glob("[!.]*.json"))) if (out / "sidecar").is_dir() else 0
@@ -70,7 +75,7 @@ def _run_workers(command: list[str], num_volumes: int, out: Path, dice: random.R
                 victim.send_signal(signal.SIGKILL)
                 killed += 1
             victim.wait()
-            workers.append(start())
+            workers.append(_start(server, command))
             next_kill = done + max(1, num_volumes // 40)
     assert [worker.wait() for worker in workers] == [0] * NUM_WORKERS
     return killed
