@@ -51,7 +51,7 @@ class Server:
 
 
 class Fork:
-    """`python ARGUMENTS` in this folder: arguments are `-m MODULE …` or `FILE …`; output goes to the files, or where this process's goes."""
+    """`python ARGUMENTS` in this folder: `-m MODULE …` or `FILE …`. Output goes to the files, or where ours goes."""
 
     def __init__(
         self,
