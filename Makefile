@@ -25,14 +25,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install    ## the main job end to end, about 5 minutes on 2 cores
 	$(BIN)/hpc-ddpm demo
 
+TWO_AT_ONCE := -n 2 --dist loadgroup
 test: install    ## lint, types, layers and every test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_ONCE)
 
 test-fast: install  ## tests without the marked ones, under two minutes
-	$(BIN)/python -m pytest -m "not slow and not mpi and not slurm and not gpu"
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slow and not mpi and not slurm and not gpu"
 
 slurm-up:        ## a real SLURM cluster on this machine (docs/cluster.md)
 	slurm/devcluster/up.sh

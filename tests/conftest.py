@@ -45,6 +45,13 @@ TINY = [
 """A network and a run that take a second."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: the tests of a file share what they set up, and there is one cluster."""
+    for item in items:
+        is_cluster = item.get_closest_marker("slurm")
+        item.add_marker(pytest.mark.xdist_group("slurm" if is_cluster else item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="session")
 def tiny_packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten phantoms of 16^3, packed."""
@@ -107,7 +114,7 @@ def torchrun_variables(num_ranks: int) -> list[dict[str, str]]:
 def torchrun(fork: Callable[..., Fork]) -> Run:
     """As `real_torchrun` does, with ranks that need not load torch and DeepSpeed first."""
 
-    def run(num_ranks: int, *arguments: str | Path, timeout_s: int = 300) -> subprocess.CompletedProcess[str]:
+    def run(num_ranks: int, *arguments: str | Path, timeout_s: int = 500) -> subprocess.CompletedProcess[str]:
         return _finish(fork, list(map(str, arguments)), torchrun_variables(num_ranks), timeout_s)
 
     return run
@@ -115,10 +122,10 @@ def torchrun(fork: Callable[..., Fork]) -> Run:
 
 @pytest.fixture(scope="session")
 def cli(fork: Callable[..., Fork]) -> Run:
-    """Run `hpc-ddpm ARGUMENTS` as one process."""
+    """Run `hpc-ddpm ARGUMENTS` as one process, with these variables."""
 
-    def run(*arguments: str | Path, timeout_s: int = 300) -> subprocess.CompletedProcess[str]:
-        return _finish(fork, ["-m", "launch.cli", *map(str, arguments)], [{}], timeout_s)
+    def run(*arguments: str | Path, timeout_s: int = 500, **variables: str) -> subprocess.CompletedProcess[str]:
+        return _finish(fork, ["-m", "launch.cli", *map(str, arguments)], [variables], timeout_s)
 
     return run
 
@@ -129,13 +136,15 @@ def _finish(
     """One process for each of `variables`. As launchers do, end all soon after one has failed."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         ranks = [fork(arguments, rank_environment() | each, stdout, stderr) for each in variables]
-        deadline = time.monotonic() + timeout_s
+        deadline, has_failed = time.monotonic() + timeout_s, False
         while None in (codes := [rank.poll() for rank in ranks]):
-            if any(codes):
-                deadline = min(deadline, time.monotonic() + 5)
+            if any(codes) and not has_failed:
+                deadline, has_failed = min(deadline, time.monotonic() + 10), True
             if time.monotonic() > deadline:
                 for rank in ranks:
                     rank.kill()
+                if not has_failed:
+                    raise subprocess.TimeoutExpired(arguments, timeout_s)
             time.sleep(0.01)
         for file in (stdout, stderr):
             file.seek(0)

@@ -51,16 +51,22 @@ class Server:
 
 
 class Fork:
-    """`python ARGUMENTS` in this folder: arguments are `-m MODULE …` or `FILE …`; output goes to the files given."""
+    """`python ARGUMENTS` in this folder: `-m MODULE …` or `FILE …`. Output goes to the files, or where ours goes."""
 
     def __init__(
-        self, server: Server, arguments: list[str], env: Mapping[str, str], stdout: IO[str], stderr: IO[str]
+        self,
+        server: Server,
+        arguments: list[str],
+        env: Mapping[str, str],
+        stdout: IO[str] | None = None,
+        stderr: IO[str] | None = None,
     ) -> None:
         self.returncode: int | None = None
         self._line = socket.socket(socket.AF_UNIX)
         self._line.connect(server.address)
         request = json.dumps({"arguments": arguments, "env": dict(env), "cwd": str(Path.cwd())}).encode()
-        sent = socket.send_fds(self._line, [request], [stdout.fileno(), stderr.fileno()])
+        outputs = [1 if stdout is None else stdout.fileno(), 2 if stderr is None else stderr.fileno()]
+        sent = socket.send_fds(self._line, [request], outputs)
         self._line.sendall(request[sent:])
         self._line.shutdown(socket.SHUT_WR)
         self._answers = self._line.makefile("r")
@@ -82,8 +88,9 @@ class Fork:
 
     def send_signal(self, number: int) -> None:
         """Where it still runs."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            if self.poll() is None:
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -165,5 +172,6 @@ if __name__ == "__main__":
     import torch._inductor.compile_fx  # what DeepSpeed loads when it is first used
     import torch.utils.tensorboard
 
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads must not be forked"
     gc.freeze()  # the forked share what is loaded
     _exit(_run(_serve(socket.socket(fileno=int(sys.argv[1])))))

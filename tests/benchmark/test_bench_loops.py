@@ -103,11 +103,11 @@ def test_the_training_loop(cli: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_both_loops_on_two_ranks(real_torchrun: Run, tiny_packed: Path, tmp_path: Path) -> None:
-    for what in ("train", "sample"):
+def test_both_loops_on_two_ranks(real_torchrun: Run, torchrun: Run, tiny_packed: Path, tmp_path: Path) -> None:
+    for what, start in (("train", real_torchrun), ("sample", torchrun)):
         path = tmp_path / f"{what}.json"
         options = ["--repeats", "3", "--data", tiny_packed, "-q", "--json", path, "--work", tmp_path / "work"]
-        done = real_torchrun(2, "-m", "launch.cli", "bench", what, *TINY, *options)
+        done = start(2, "-m", "launch.cli", "bench", what, *TINY, *options)
         assert done.returncode == 0, done.stderr[-3000:]
         (row,) = json.loads(path.read_text())["rows"]
         assert row["world_size"] == 2

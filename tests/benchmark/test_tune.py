@@ -70,6 +70,8 @@ def test_what_does_not_fit_is_a_result() -> None:
 @pytest.mark.slow
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HPC_DDPM_DEVICE", "cpu")
+    monkeypatch.setattr("hpc_ddpm.benchmark.tune.POLICIES", ("none", "full"))
+    monkeypatch.setattr("hpc_ddpm.benchmark.tune.ROUNDS", 1)
     arguments = [*TINY, "training.global_batch=1", "--out", str(tmp_path / "best.yaml"), "-q"]
     monkeypatch.setattr(sys, "argv", ["hpc-ddpm", "bench", "tune", *arguments])
     with pytest.raises(SystemExit) as caught:

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subjects():
-    return [cohort.make_subject(cohort.load_template(), 0, number) for number in range(1, 7)]
+    return [cohort.make_subject(cohort.load_template(), 0, number) for number in range(1, 4)]
 
 
 def test_a_subject_depends_on_seed_and_number_alone(folder):

@@ -11,7 +11,7 @@ import torch
 from hpc_ddpm.config import load_config
 from tests.conftest import TINY
 from tests.distributed.test_guards import state
-from tests.distributed.test_training import ROUNDING, Torchrun, losses, run_all
+from tests.distributed.test_training import ROUNDING, Torchrun, copy_without_last, losses, run_all
 
 FROZEN = ("time_embed.", "input_blocks.0.", "input_blocks.1.")
 
@@ -24,11 +24,12 @@ def test_frozen_parameters_stay_and_the_run_resumes(torchrun: Torchrun, tiny_pac
     )
     run_all(torchrun, 1, {source: ["training.num_steps=2"]}, tiny_packed)
     (source / "config.json").write_text(json.dumps(load_config(None, TINY).config.dump()))
-    settings += [f"training.init_from={source}"]
+    settings += [f"training.init_from={source}", "training.checkpoint_every_steps=3"]
     jobs = {tmp_path / str(stage): [*settings, f"training.zero_stage={stage}"] for stage in (0, 1, 2, 3)}
     jobs[tmp_path / "bf16"] = [*settings, "training.precision=bf16", "training.zero_stage=3"]
-    half = {tmp_path / f"half-{stage}": [*jobs[tmp_path / stage], "training.num_steps=3"] for stage in ("1", "3")}
-    run_all(torchrun, 2, jobs | half, tiny_packed)
+    run_all(
+        torchrun, 2, {run: [*words, "training.checkpoint_every_steps=3"] for run, words in jobs.items()}, tiny_packed
+    )
     begun = state(source, 2)
     for run in jobs:
         ended = state(run, 6)
@@ -42,6 +43,9 @@ def test_frozen_parameters_stay_and_the_run_resumes(torchrun: Torchrun, tiny_pac
             assert losses(run) == pytest.approx(losses(tmp_path / "0"), rel=ROUNDING)
         report = json.loads((run / "start.json").read_text())
         assert 0 < report["frozen_parameters"] < report["parameters"]
+    half = [tmp_path / "half-1", tmp_path / "half-3"]
+    for run in half:
+        copy_without_last(tmp_path / run.name[5:], run)
     run_all(torchrun, 2, {run: jobs[tmp_path / run.name[5:]] for run in half}, tiny_packed)
     for run in half:
         assert losses(run) == losses(tmp_path / run.name[5:])

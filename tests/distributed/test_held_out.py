@@ -55,10 +55,11 @@ def val_losses(row: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_looking_leaves_no_trace(torchrun: Torchrun, brains: Path, tmp_path: Path) -> None:
-    jobs = {tmp_path / f"blind-{way}": [*settings, BRAIN] for way, settings in WAYS.items()}
-    jobs |= {tmp_path / f"seeing-{way}": [*settings, BRAIN, *LOOK] for way, settings in WAYS.items()}
+    ways = [way for way in WAYS if way not in ("fp32-2", "bf16-1")]  # stages 1 and 2 are the same code
+    jobs = {tmp_path / f"blind-{way}": [*WAYS[way], BRAIN] for way in ways}
+    jobs |= {tmp_path / f"seeing-{way}": [*WAYS[way], BRAIN, *LOOK] for way in ways}
     run_all(torchrun, 2, jobs, brains)
-    for way in WAYS:
+    for way in ways:
         blind, seeing = tmp_path / f"blind-{way}", tmp_path / f"seeing-{way}"
         assert losses(seeing) == losses(blind), way
         tensors = state(blind, 6)

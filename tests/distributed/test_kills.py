@@ -17,7 +17,7 @@ from tests.conftest import TINY, rank_environment, torchrun_variables
 from tests.forks import Fork
 
 KILLS = int(os.environ.get("HPC_DDPM_KILLS", "3"))
-"""20 is the claim; each takes about ten seconds."""
+"""20 is the claim; each takes some seconds."""
 STEPS = 20 + 10 * KILLS
 
 
@@ -90,7 +90,7 @@ def test_killed_at_random_moments_the_loss_sequence_is_the_same(
             wait_for_progress(killed, processes)
             time.sleep(chance.uniform(0, 1.5))
         else:
-            time.sleep(chance.uniform(0, 5))
+            time.sleep(chance.uniform(0, 2))
         kill(processes, chance)
         finish(killed, processes)
     assert finish(killed, start(fork, killed, tiny_packed)) == [0, 0]

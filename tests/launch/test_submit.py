@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,17 +73,11 @@ def test_no_such_profile() -> None:
 
 
 @pytest.fixture
-def laptop(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def laptop(cli: Cli, tmp_path: Path) -> Cli:
     """`hpc-ddpm ARGUMENTS` where there is no SLURM."""
     empty = tmp_path / "bin"
     empty.mkdir()
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "launch.cli", *map(str, arguments)]
-        env = rank_environment() | {"PATH": str(empty)}
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
-
-    return run
+    return partial(cli, PATH=str(empty))
 
 
 def test_a_dry_run_shows_script_and_request(laptop: Cli, tiny_packed: Path, tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.phantom import write_phantoms
 from hpc_ddpm.sampling.verify import verify_set
 from tests.conftest import rank_environment
+from tests.forks import Fork, Server
 from tests.sampling.conftest import QUICK, save_random_weights, voxels
 
 NUM_WORKERS, NUM_MASKS, NUM_TASKS = 4, 10, 8
@@ -41,11 +43,12 @@ def generate_under_fire(folder: Path, num_volumes: int, seed: int = 0, *, as_arr
     weights = save_random_weights(folder / "weights", load_config(None, QUICK).config)
     masks = write_phantoms(folder / "masks", NUM_MASKS, (16, 16, 16), seed=1) / "mask"
     words = [str(weights), "--masks", str(masks), "--quiet", "--replicas", str(num_volumes // NUM_MASKS), "--out"]
-    run_workers = _run_array if as_array else _run_workers
     began = time.monotonic()
-    killed = run_workers([*words, str(folder / "fire")], num_volumes, folder / "fire", random.Random(seed))
-    middle = time.monotonic()
-    _cli("sample", *words, str(folder / "calm"))
+    with Server(rank_environment()) as server:
+        run_workers = _run_array if as_array else partial(_run_workers, server)
+        killed = run_workers([*words, str(folder / "fire")], num_volumes, folder / "fire", random.Random(seed))
+        middle = time.monotonic()
+        assert _start(server, [*words, str(folder / "calm")]).wait() == 0
     return Outcome(
         num_volumes,
         killed,
@@ -56,27 +59,18 @@ def generate_under_fire(folder: Path, num_volumes: int, seed: int = 0, *, as_arr
     )
 
 
-def _environment() -> dict[str, str]:
-    return rank_environment() | {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
-
-
-def _cli(*words: str) -> str:
-    command = [sys.executable, "-m", "launch.cli", *words]
-    return subprocess.run(command, env=_environment(), check=True, stdout=subprocess.PIPE, text=True).stdout
+def _start(server: Server, words: list[str]) -> Fork:
+    with Path(os.devnull).open("w") as nowhere:
+        return Fork(server, ["-m", "launch.cli", "sample", *words], rank_environment(), stdout=nowhere)
 
 
 def _count_done(out: Path) -> int:
     return len(list((out / "sidecar").glob("[!.]*.json"))) if (out / "sidecar").is_dir() else 0
 
 
-def _run_workers(words: list[str], num_volumes: int, out: Path, dice: random.Random) -> int:
+def _run_workers(server: Server, words: list[str], num_volumes: int, out: Path, dice: random.Random) -> int:
     """Start workers, kill one every few seconds and start another, until all volumes are there."""
-
-    def start() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "launch.cli", "sample", *words]
-        return subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL)
-
-    workers, killed, next_kill = [start() for _ in range(NUM_WORKERS)], 0, 0
+    workers, killed, next_kill = [_start(server, words) for _ in range(NUM_WORKERS)], 0, 0
     while any(worker.poll() is None for worker in workers):
         time.sleep(dice.uniform(0.2, 0.6))
         done = _count_done(out)
@@ -87,7 +81,7 @@ def _run_workers(words: list[str], num_volumes: int, out: Path, dice: random.Ran
                 victim.send_signal(signal.SIGKILL)
                 killed += 1
             victim.wait()
-            workers.append(start())
+            workers.append(_start(server, words))
             next_kill = done + max(1, num_volumes // 40)
     assert [worker.wait() for worker in workers] == [0] * NUM_WORKERS
     return killed
@@ -96,18 +90,25 @@ def _run_workers(words: list[str], num_volumes: int, out: Path, dice: random.Ran
 def _run_array(words: list[str], num_volumes: int, out: Path, dice: random.Random) -> int:
     """Submit an array, kill one of its running tasks every few seconds, submit lost ones again until all are there."""
     submit = ["submit", "sample", "--cluster", "devcluster", "--tasks", str(NUM_TASKS)]
-    job, killed, next_kill = _job(_cli(*submit, *words)), 0, 0
+    job, killed, next_kill = _job(_say("hpc-ddpm", *submit, *words)), 0, 0
     while _count_done(out) < num_volumes:
         time.sleep(dice.uniform(0.2, 0.6))
         if not _tasks(job, "PENDING,RUNNING,COMPLETING"):
-            job = _job(_cli("jobs", "retry", str(out)))
+            job = _job(_say("hpc-ddpm", "jobs", "retry", str(out)))
         done, running = _count_done(out), _tasks(job, "RUNNING")
         if next_kill <= done < num_volumes and running:
-            kill = ["scancel", "--signal=KILL", dice.choice(running)]
-            killed += subprocess.run(kill, env=_environment(), check=False).returncode == 0
+            _say("scancel", "--signal=KILL", dice.choice(running), check=False)  # it may have ended by now
+            killed += 1
             next_kill = done + max(1, num_volumes // 40)
-    subprocess.run([sys.executable, "-m", "launch.cli", "jobs", "wait", str(out)], env=_environment(), check=False)
+    _say("hpc-ddpm", "jobs", "wait", str(out), check=False)
     return killed
+
+
+def _say(*command: str, check: bool = True) -> str:
+    slurm = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
+    return subprocess.run(
+        command, env=rank_environment() | slurm, check=check, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def _job(said: str) -> str:
@@ -115,8 +116,7 @@ def _job(said: str) -> str:
 
 
 def _tasks(job: str, states: str) -> list[str]:
-    command = ["squeue", "--noheader", "--array", f"--states={states}", "--format=%i", "--jobs", job]
-    return subprocess.run(command, env=_environment(), check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    return _say("squeue", "--noheader", "--array", f"--states={states}", "--format=%i", "--jobs", job).split()
 
 
 def _files(out: Path) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hpc_ddpm.data.team import Team
 from hpc_ddpm.sampling.status import read_status
 from hpc_ddpm.sampling.verify import verify_set
 from tests.conftest import rank_environment
+from tests.forks import Fork
 from tests.sampling.conftest import Generate, voxels
 from tests.sampling.harness import generate_under_fire
 
@@ -51,15 +53,13 @@ def test_mpirun_says_what_failed_and_kills_nobody(weights: Path, heads: Path, tm
 
 
 @pytest.mark.slow
-def test_array_tasks(weights: Path, heads: Path, tmp_path: Path) -> None:
+def test_array_tasks(weights: Path, heads: Path, tmp_path: Path, fork: Callable[..., Fork]) -> None:
     """Tasks of an array leave what others have begun, and the set is whole when the last has ended."""
     array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "5"}
-    command = [sys.executable, "-m", "launch.cli", "sample", str(weights), "--out", str(tmp_path), "-q"]
+    command = ["-m", "launch.cli", "sample", str(weights), "--out", str(tmp_path), "-q"]
     command += ["--masks", str(heads), "sampling.output.formats=[packed]"]
-    tasks = [
-        subprocess.Popen(command, env=rank_environment() | array | {"SLURM_ARRAY_TASK_ID": str(5 + index)})
-        for index in range(3)
-    ]
+    env = rank_environment() | array
+    tasks = [fork(command, env | {"SLURM_ARRAY_TASK_ID": str(5 + index)}) for index in range(3)]
     assert [task.wait(timeout=300) for task in tasks] == [0, 0, 0]
     assert verify_set(tmp_path) == []
     assert (tmp_path / "packed" / "index.json").exists()
