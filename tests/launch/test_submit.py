@@ -129,6 +129,20 @@ def test_packing_asks_for_no_gpu_and_sampling_is_an_array(laptop: Cli, tmp_path:
     assert "100 tasks (64 at a time) × 1 node × 1 GPU for at most 2-00:00:00 = 4800 GPU-hours" in sample
 
 
+def test_a_benchmark_is_one_job(laptop: Cli, tmp_path: Path) -> None:
+    common = ["--dry-run", "--cluster", "example_dgx", "--nodes", "2", "--out", tmp_path]
+    train = laptop("submit", "bench", "train", *common, "--config", "demo", "training.global_batch=16").stdout
+    assert "#SBATCH --ntasks-per-node=8" in train
+    assert f"--out {tmp_path}/train.md --json {tmp_path}/train.json --work {tmp_path}" in train
+    assert f"--out {tmp_path}/tune.yaml" in laptop("submit", "bench", "tune", *common).stdout
+    check = laptop("submit", "bench", "gpu-check", *common).stdout
+    assert "request: 1 node × 1 GPU for" in check
+    for words, part in ([["report"], "'report' is no benchmark"], [["train"], "give submit bench train --out FOLDER"]):
+        done = laptop("submit", "bench", *words, "--cluster", "example_dgx")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert part in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, read_logs
 from tests.slurm.runs import STEPS, files, shown, submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -49,12 +49,26 @@ def test_lost_tasks_of_an_array_are_retried(
 def test_a_pipeline_from_volumes_to_pictures(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = cluster.run("hpc-ddpm", "submit", "pipeline", *PROFILE, tiny_packed.parent / "source", "--out", out, *TINY)
-    assert [line.split(": ")[1] for line in said.splitlines()[:4]] == ["pack", "train", "sample", "gallery"]
+    assert [line.split(": ")[1] for line in said.splitlines()[:4]] == ["pack", "train", "sample", "report"]
     assert cluster.attempt("hpc-ddpm", "jobs", "wait", out).returncode == 0, cluster.run("hpc-ddpm", "jobs", "ls", out)
+    page = (out / "report.html").read_text()
+    assert "Training loss" in page
+    assert page.count("data:image/png;base64,") > 3
+    assert "all there, as they were written" in page
+    assert "queued 0:00:" in page
     assert (out / "synthetic" / "gallery.html").stat().st_size > 1000
     rows = json.loads(cluster.run("hpc-ddpm", "jobs", "ls", out, "--json"))
-    assert {row["kind"] for row in rows} == {"pack", "train", "sample", "gallery"}
+    assert {row["kind"] for row in rows} == {"pack", "train", "sample", "report"}
     assert {state for row in rows for state in row["state"].split() if state.isupper()} == {"COMPLETED"}
+
+
+def test_a_benchmark_as_a_job(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    words = ["train", "--out", tmp_path, "--data", tiny_packed, "--repeats", "2", *TINY]
+    submitted(cluster, "bench", *PROFILE, "--gpus-per-node", "2", *words)
+    assert cluster.attempt("hpc-ddpm", "jobs", "wait", tmp_path).returncode == 0, read_logs(tmp_path / "jobs")
+    (row,) = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert row["world_size"] == 2
+    assert "volumes/s" in (tmp_path / "train.md").read_text()
 
 
 def test_longer_arrays_than_the_cluster_has(cluster: Cluster, alone: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def preempt(cluster: Cluster, job: str, out: Path) -> None:
     cluster.run("scancel", "--signal=STOP", job)
     first = ["-N2", f"--nodelist={cluster.job(job)['NodeList']}", "--gpus-per-node=2", "--wrap=true"]
     cluster.sbatch(*first, cwd=out)
-    wait_for(lambda: cluster.is_pending(job, signal.SIGTERM), lambda: str(cluster.job(job)))
+    wait_for(lambda: cluster.job(job)["PreemptTime"] != "None", lambda: str(cluster.job(job)))
     cluster.run("scancel", "--signal=CONT", job)
 
 
@@ -87,8 +87,10 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def runs(cluster: Cluster, tiny_packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run directories, when all is over. Only what preempts is in the partition `gpu`."""
+def runs(
+    request: pytest.FixtureRequest, cluster: Cluster, tiny_packed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Path]]]:
+    """Run directories of the tests that were chosen, by and by. Only what preempts is in the partition `gpu`."""
     folder = tmp_path_factory.mktemp("survival")
     cluster.up("--no-user-signal")
 
@@ -105,16 +107,17 @@ def runs(cluster: Cluster, tiny_packed: Path, tmp_path_factory: pytest.TempPathF
         cluster.attempt("hpc-ddpm", "jobs", "wait", out, timeout_s=500)
         return out
 
-    try:
-        with ThreadPoolExecutor(len(RUNS)) as threads:
-            return dict(zip(RUNS, threads.map(run, RUNS), strict=True))
-    finally:
-        cluster.up()  # the lost node comes back
+    names = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
+    with ThreadPoolExecutor(len(names)) as threads:
+        yield {name: threads.submit(run, name) for name in names}
+    cluster.up()  # the lost node comes back
 
 
 @pytest.mark.parametrize("name", list(RUNS))
-def test_it_ends_as_if_nothing_had_been(cluster: Cluster, runs: dict[str, Path], alone: Path, name: str) -> None:
-    out, case = runs[name], RUNS[name]
+def test_it_ends_as_if_nothing_had_been(
+    cluster: Cluster, runs: dict[str, Future[Path]], alone: Path, name: str
+) -> None:
+    out, case = runs[name].result(), RUNS[name]
     facts = shown(cluster, out)
     events = next(iter(facts["tasks"].values()))["events"]
     assert facts["state"] == "COMPLETED", events
