@@ -6,12 +6,26 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
-from tests.slurm.cluster import Cluster, read_logs
-from tests.slurm.runs import STEPS, files, shown, submitted
+from tests.slurm.cluster import Cluster, read_logs, wait_for
+from tests.slurm.runs import STEPS, files, losses, shown, submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 PROFILE = ["--cluster", "devcluster"]
+
+
+def test_one_job_per_run_until_it_is_cancelled(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", *PROFILE, "--gpus-per-node", "1", "--out", run, "--data", tiny_packed, *STEPS]
+    job = submitted(cluster, *words, "training.num_steps=100000")
+    refused = cluster.attempt("hpc-ddpm", "submit", *words, "training.num_steps=100000")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert f"job {job} is queued or runs already" in refused.stderr
+    wait_for(lambda: bool(losses(run)), lambda: str(shown(cluster, run)))
+    assert cluster.run("hpc-ddpm", "jobs", "cancel", run) == f"cancelled job {job}\n"
+    assert cluster.attempt("hpc-ddpm", "jobs", "wait", run).returncode == 2
+    facts = shown(cluster, run)
+    assert (facts["state"], facts["restarts"]) == ("CANCELLED", 0)
 
 
 def test_the_drill_passes(cluster: Cluster, tmp_path: Path) -> None:

@@ -86,15 +86,19 @@ RUNS = {
 }
 
 
+Runs = dict[str, Future[tuple[Path, str]]]
+"""Run directory and log of each test that was chosen."""
+
+
 @pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest, cluster: Cluster, tiny_packed: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Path]]]:
-    """Run directories of the tests that were chosen, by and by. Only what preempts is in the partition `gpu`."""
+) -> Iterator[Runs]:
+    """By and by. Only what preempts is in the partition `gpu`."""
     folder = tmp_path_factory.mktemp("survival")
     cluster.up("--no-user-signal")
 
-    def run(name: str) -> Path:
+    def run(name: str) -> tuple[Path, str]:
         case, out = RUNS[name], folder / name.replace(" ", "_")
         profile = folder / f"{out.name}.yaml"
         base = yaml.safe_load(list_profiles()["devcluster"].read_text())
@@ -104,8 +108,7 @@ def runs(
         job = submitted(cluster, "train", "--cluster", profile, *shape, *words)
         wait_for(lambda: len(losses(out)) >= BEFORE, lambda: f"{name}: {shown(cluster, out)}", timeout_s=500)
         case.disturb(cluster, job, out)
-        cluster.attempt("hpc-ddpm", "jobs", "wait", out, timeout_s=500)
-        return out
+        return out, cluster.run("hpc-ddpm", "jobs", "logs", "-f", out, timeout_s=500)
 
     names = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
     with ThreadPoolExecutor(len(names)) as threads:
@@ -114,17 +117,14 @@ def runs(
 
 
 @pytest.mark.parametrize("name", list(RUNS))
-def test_it_ends_as_if_nothing_had_been(
-    cluster: Cluster, runs: dict[str, Future[Path]], alone: Path, name: str
-) -> None:
-    out, case = runs[name].result(), RUNS[name]
+def test_it_ends_as_if_nothing_had_been(cluster: Cluster, runs: Runs, alone: Path, name: str) -> None:
+    (out, said), case = runs[name].result(), RUNS[name]
     facts = shown(cluster, out)
     events = next(iter(facts["tasks"].values()))["events"]
     assert facts["state"] == "COMPLETED", events
     assert facts["restarts"] >= 1
     assert facts["ranks"] == case.nodes * case.ranks_per_node
     assert any(case.why in event.get("why", "") for event in events), events
-    said = cluster.run("hpc-ddpm", "jobs", "logs", out)
     assert "trained to step 40 (went on from step" in said
     assert losses(out) == pytest.approx(losses(alone), rel=ROUNDING)
     if name == "hanging rank":
