@@ -209,6 +209,7 @@ def ended(mark: str, *, is_orderly: bool = False) -> dict[str, object]:
         (End(143, ranks=(2,)), [], 0, False, "failed with exit code 2"),  # srun ended the others, the highest code wins
         (End(143, "a", (143, 143)), [], 9, True, "stopped by SIGTERM"),
         (End(140, "a", (140,)), [ended("a", is_orderly=True)] * 8, 8, True, "stopped by SIGUSR2"),
+        (End(143, "a", (140,)), [], 8, True, "stopped by SIGUSR2"),  # srun ended a slower rank
         (End(143, "a", (143,)), [], 10, False, "max_requeues"),
         (End(137, "a", (75,)), [], 0, True, "a rank was lost"),
         (End(143, "a"), [], 0, True, "ended by a signal before it could save"),

@@ -14,6 +14,19 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 PROFILE = ["--cluster", "devcluster"]
 
 
+def test_a_newcomers_four_lines(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    """docs/cluster.md after its first two lines, which install: from a login shell, one after the other."""
+    login = ["env", "-i", f"HOME={tmp_path}", *(f"{name}={cluster.env[name]}" for name in ("PATH", "SLURM_CONF"))]
+    source, here = tiny_packed.parent / "source", {"cwd": tmp_path}
+    words = ["hpc-ddpm", "submit", "pack", source, "--out", "packed", *PROFILE, *TINY]
+    assert "submitted job" in cluster.run(*login, *words, **here)
+    words = ["hpc-ddpm", "submit", "train", "--data", "packed", "--out", "runs/one", *PROFILE, "--gpus-per-node", "1"]
+    done = cluster.attempt(*login, *words, *TINY, **here)
+    assert (done.returncode, "which packs packed, has ended well" in done.stderr) == (0, True), done.stderr
+    assert cluster.attempt("hpc-ddpm", "jobs", "wait", "runs/one", **here).returncode == 0
+    assert "6/6 steps" in cluster.run(*login, "hpc-ddpm", "jobs", "ls", **here)
+
+
 def test_one_job_per_run_until_it_is_cancelled(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["train", *PROFILE, "--gpus-per-node", "1", "--out", run, "--data", tiny_packed, *STEPS]

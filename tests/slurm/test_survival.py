@@ -36,9 +36,10 @@ def preempt(cluster: Cluster, job: str, out: Path) -> None:
 
 def reach_the_time_limit(cluster: Cluster, job: str, out: Path) -> None:
     """SLURM looks every 30 seconds whether it is time for the signal."""
-    cluster.run("scancel", "--signal=STOP", job)
-    wait_for(lambda: cluster.is_pending(job, signal.SIGUSR2), lambda: str(cluster.job(job)))
-    cluster.run("scancel", "--signal=CONT", job)
+    if cluster.job(job)["Restarts"] == "0":
+        cluster.run("scancel", "--signal=STOP", job)
+        wait_for(lambda: cluster.is_pending(job, signal.SIGUSR2), lambda: str(cluster.job(job)))
+        cluster.run("scancel", "--signal=CONT", job)
 
 
 def terminate(cluster: Cluster, job: str, out: Path) -> None:
@@ -60,7 +61,7 @@ def lose_the_node(cluster: Cluster, job: str, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Disturbed:
-    """A training, what is done to it, and the words in which it is recorded."""
+    """A training, what is done to it, and the words in which the log tells of it."""
 
     disturb: Callable[[Cluster, str, Path], None]
     why: str
@@ -72,16 +73,16 @@ class Disturbed:
 
 
 RUNS = {
-    "preempted": Disturbed(preempt, "stopped by SIGTERM, requeued after 0 restarts", nodes=2),
+    "preempted": Disturbed(preempt, "stopped by SIGTERM at step", nodes=2),
     "time limit": Disturbed(
         reach_the_time_limit,
-        "stopped by SIGUSR2, requeued",
+        "stopped by SIGUSR2 at step",
         options=("--time", "0:02:00"),
         profile=(("signal_delay_s", 60),),
     ),
     "lost node": Disturbed(lose_the_node, "", nodes=2, ranks_per_node=1, profile=(("sbatch", {"exclusive": True}),)),
     "hanging rank": Disturbed(hang, "a rank hung, see stacks-of-rank-*.txt", settings=("training.hang_timeout_s=10",)),
-    "SIGTERM": Disturbed(terminate, "stopped by SIGTERM, requeued after 0 restarts"),
+    "SIGTERM": Disturbed(terminate, "stopped by SIGTERM at step"),
     "scontrol requeue": Disturbed(requeue, "", ranks_per_node=1),
 }
 
@@ -106,7 +107,8 @@ def runs(
         shape = ["--nodes", str(case.nodes), "--gpus-per-node", str(case.ranks_per_node), *case.options]
         words = ["--out", out, "--data", tiny_packed, *STEPS, "training.zero_stage=2", *case.settings]
         job = submitted(cluster, "train", "--cluster", profile, *shape, *words)
-        wait_for(lambda: len(losses(out)) >= BEFORE, lambda: f"{name}: {shown(cluster, out)}", timeout_s=500)
+        before = 1 if case.disturb is reach_the_time_limit else BEFORE  # it may come earlier on a slow machine
+        wait_for(lambda: len(losses(out)) >= before, lambda: f"{name}: {shown(cluster, out)}", timeout_s=500)
         case.disturb(cluster, job, out)
         return out, cluster.run("hpc-ddpm", "jobs", "logs", "-f", out, timeout_s=500)
 
@@ -124,7 +126,7 @@ def test_it_ends_as_if_nothing_had_been(cluster: Cluster, runs: Runs, alone: Pat
     assert facts["state"] == "COMPLETED", events
     assert facts["restarts"] >= 1
     assert facts["ranks"] == case.nodes * case.ranks_per_node
-    assert any(case.why in event.get("why", "") for event in events), events
+    assert case.why in said
     assert "trained to step 40 (went on from step" in said
     assert losses(out) == pytest.approx(losses(alone), rel=ROUNDING)
     if name == "hanging rank":
