@@ -26,24 +26,21 @@ BEFORE = 7
 
 
 def preempt(cluster: Cluster, job: str, out: Path) -> None:
-    """The site sends SIGTERM alone. Stopped in the meantime, so that it does not finish before it is preempted."""
-    cluster.run("scancel", "--signal=STOP", job)
+    """The site sends SIGCONT and SIGTERM."""
     first = ["-N2", f"--nodelist={cluster.job(job)['NodeList']}", "--gpus-per-node=2", "--wrap=true"]
     cluster.sbatch(*first, cwd=out)
-    wait_for(lambda: cluster.job(job)["PreemptTime"] != "None", lambda: str(cluster.job(job)))
-    cluster.run("scancel", "--signal=CONT", job)
 
 
 def reach_the_time_limit(cluster: Cluster, job: str, out: Path) -> None:
-    """SLURM looks every 30 seconds whether it is time for the signal."""
+    """SLURM looks every 30 seconds whether it is time for the signal; on a slow machine it may have come already."""
     if cluster.job(job)["Restarts"] == "0":
-        cluster.run("scancel", "--signal=STOP", job)
         wait_for(lambda: cluster.is_pending(job, signal.SIGUSR2), lambda: str(cluster.job(job)))
         cluster.run("scancel", "--signal=CONT", job)
 
 
 def terminate(cluster: Cluster, job: str, out: Path) -> None:
-    cluster.run("scancel", "--signal=TERM", job)
+    for name in ("TERM", "CONT"):
+        cluster.run("scancel", f"--signal={name}", job)
 
 
 def requeue(cluster: Cluster, job: str, out: Path) -> None:
@@ -51,7 +48,7 @@ def requeue(cluster: Cluster, job: str, out: Path) -> None:
 
 
 def hang(cluster: Cluster, job: str, out: Path) -> None:
-    os.kill(cluster.ranks(job)[1], signal.SIGSTOP)
+    os.kill(cluster.ranks(job)[0], signal.SIGCONT)
 
 
 def lose_the_node(cluster: Cluster, job: str, out: Path) -> None:
@@ -109,6 +106,7 @@ def runs(
         job = submitted(cluster, "train", "--cluster", profile, *shape, *words)
         before = 1 if case.disturb is reach_the_time_limit else BEFORE  # it may come earlier on a slow machine
         wait_for(lambda: len(losses(out)) >= before, lambda: f"{name}: {shown(cluster, out)}", timeout_s=500)
+        cluster.attempt("scancel", "--signal=STOP", job)  # so that it does not end in the meantime
         case.disturb(cluster, job, out)
         return out, cluster.run("hpc-ddpm", "jobs", "logs", "-f", out, timeout_s=500)
 
