@@ -28,6 +28,8 @@ PACKAGES = (
     "scipy",
     "safetensors",
 )
+METRICS, LOST = "metrics.jsonl", "lost.jsonl"
+"""Of a run: a row for every step that counts; rows of steps that were taken again after a loss."""
 COMMIT_FILE = "COMMIT"
 """In a copy of this package outside of its checkout: the commit that it was made from."""
 
@@ -73,7 +75,7 @@ def provenance() -> dict[str, Any]:
 class RunLog:
     """Scalars of one run: metrics.jsonl and TensorBoard on rank 0, nothing on the others.
 
-    A resumed run first drops what was logged after `start_step`, so the file holds one sequence of steps.
+    A resumed run first moves what was logged after `start_step` to lost.jsonl, so that one sequence of steps remains.
     """
 
     def __init__(self, run_dir: Path, *, is_main: bool, start_step: int = 0) -> None:
@@ -83,9 +85,12 @@ class RunLog:
             return
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        path = run_dir / "metrics.jsonl"
-        kept = [json.dumps(row) for row in read_metrics(run_dir) if row["step"] <= start_step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        path, rows = run_dir / METRICS, list(read_metrics(run_dir))
+        lost = [row for row in rows if row["step"] > start_step]
+        if lost:
+            with (run_dir / LOST).open("a", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps(row)}\n" for row in lost)
+        write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= start_step))
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
@@ -114,9 +119,9 @@ class RunLog:
             self._writer.close()
 
 
-def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Rows of metrics.jsonl in order; a torn last line (killed while writing) is left out."""
-    path = run_dir / "metrics.jsonl"
+def read_metrics(run_dir: Path, name: str = METRICS) -> Iterator[dict[str, Any]]:
+    """Rows of metrics.jsonl, or of LOST, in order; a torn last line (killed while writing) is left out."""
+    path = run_dir / name
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines():

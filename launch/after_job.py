@@ -42,7 +42,13 @@ def main() -> None:
     stacks = [path for path in given.run_dir.glob(STACKS) if path.stat().st_mtime > since]
     end = End(given.code, mark, tuple(ranks), is_hang=bool(stacks))
     comes_back, why = decide(end, ends, restarts, given.max_requeues, given.max_crashes)
-    event = {"event": "end", "time": time.time(), "code": given.code, "mark": mark, "is_orderly": end.is_orderly}
+    event = {
+        "event": "end",
+        "time": time.time(),
+        "code": given.code,
+        "mark": mark,
+        "is_orderly": bool(end.agreed_signal),
+    }
     add_event(given.run_dir, task_id(), event | {"requeued": comes_back, "why": why})
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} hpc-ddpm {given.stage}: {why}", flush=True)
     sys.exit(0 if comes_back else 1)
@@ -61,9 +67,9 @@ class End:
     is_hang: bool = False
 
     @property
-    def is_orderly(self) -> bool:
-        """All ranks agreed on a signal, and saved."""
-        return self.code in STOPPED and self.code in self.ranks
+    def agreed_signal(self) -> str:
+        """On which all ranks agreed, and saved; srun may have ended the slower ones by another one afterwards."""
+        return next((STOPPED[code] for code in self.ranks if code in STOPPED), "")
 
     @property
     def reason(self) -> str:
@@ -92,8 +98,8 @@ def decide(
         return False, f"failed with exit code {max(mistakes)}; the log says why"
     if restarts >= max_requeues:
         return False, f"ended after {restarts} restarts, the most that the profile allows (max_requeues)"
-    if end.is_orderly:
-        return True, f"stopped by {STOPPED[end.code]}, requeued after {restarts} restarts"
+    if end.agreed_signal:
+        return True, f"stopped by {end.agreed_signal}, requeued after {restarts} restarts"
     crashes = 1
     for before in reversed(ends):
         if before["is_orderly"] or before["mark"] != end.mark:

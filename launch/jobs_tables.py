@@ -39,7 +39,7 @@ def describe(job: JobState, *, in_full: bool = False) -> dict[str, Any]:
     seconds = time_ledger(read_submissions(Path(submission.run_dir)), job.live, time.time())
     return facts | {
         "time_s": {name: round(value, 1) for name, value in seconds.items()},
-        "gpu_hours": round(seconds["running"] * ranks / 3600, 3) if submission.stage in GPU_STAGES else 0.0,
+        "gpu_hours": _gpu_hours(seconds, ranks) if submission.stage in GPU_STAGES else {},
         "command": ["hpc-ddpm", *submission.arguments],
         "ranks": ranks,
         "commit": submission.git_commit,
@@ -76,12 +76,19 @@ def print_job(facts: Mapping[str, Any]) -> None:
     console.print(
         f"\ncommand  {escape(' '.join(facts['command']))}\ncommit   {facts['commit']}\nlogs     {facts['folder']}"
     )
-    console.print(f"time     {spent_in_words(facts['time_s'])}; {facts['gpu_hours']:g} GPU-hours")
+    console.print(f"time     {spent_in_words(facts['time_s'])}")
+    if facts["gpu_hours"]:
+        spent = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in facts["gpu_hours"].items())
+        console.print(f"GPU-h    {spent}")
     for task, state in facts["tasks"].items():
         for event in state["events"]:
             if event["event"] == "end":
                 why = event.get("why", f"exit code {event['code']}")
                 console.print(f"{task}  {escape(why)}")
+
+
+def _gpu_hours(seconds: Mapping[str, float], ranks: int) -> dict[str, float]:
+    return {name: round(value * ranks / 3600, 3) for name, value in seconds.items() if name != "queued"}
 
 
 def spent_in_words(seconds: Mapping[str, float]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hpc_ddpm.runlog import LOST, read_metrics
 from launch.records import Submission
 
 
@@ -19,7 +20,7 @@ def time_ledger(submissions: Iterable[Submission], live: Iterable[str], now: flo
 
     Returns:
         `queued` and `running`, summed over array tasks; of `running`, of a training: `computing`, `waiting_for_data`,
-        `saving`, and `starting_or_lost`: loading, ending, and steps that were taken again after a loss.
+        `saving`, `lost_steps` that were taken again after a loss, and `starting`: loading and ending.
     """
     submissions, live = list(submissions), set(live)
     queued = running = 0.0
@@ -34,18 +35,16 @@ def time_ledger(submissions: Iterable[Submission], live: Iterable[str], now: flo
                 queued, running = (queued, running + now - since) if runs else (queued + now - since, running)
     ledger = {"queued": queued, "running": running}
     if submissions and submissions[-1].stage == "train":
-        steps = _steps(Path(submissions[-1].run_dir))
-        ledger |= steps | {"starting_or_lost": max(0.0, running - sum(steps.values()))}
+        run_dir = Path(submissions[-1].run_dir)
+        steps = _steps(read_metrics(run_dir)) | {"lost_steps": sum(_steps(read_metrics(run_dir, LOST)).values())}
+        ledger |= steps | {"starting": max(0.0, running - sum(steps.values()))}
     return ledger
 
 
-def _steps(run_dir: Path) -> dict[str, float]:
-    """Of the steps that count; a row of metrics with a speed speaks for those since the last one with it."""
-    from hpc_ddpm.runlog import read_metrics
-
+def _steps(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """What the steps took; a row with a speed speaks for those since the last one with it."""
     total = waiting = saving = 0.0
     count = 0
-    rows: Iterable[Mapping[str, Any]] = read_metrics(run_dir)
     for row in rows:
         count += 1
         if "step_time_s" in row:

@@ -71,7 +71,10 @@ def submit_stage(stage: str, words: list[str], profile: Profile, tasks: int | No
     given = _parse(stage, words)
     command = (*(("sample", "run") if stage == "sample" else (stage,)), *words, "--quiet")
     request = Request(stage, command, given["out"], profile, *_shape(stage, profile, tasks))
-    peak_gib = _check_training(given, request.world_size, with_memory=dry_run) if stage == "train" else None
+    peak_gib = None
+    if stage == "train":
+        peak_gib = _check_training(given, request.world_size, with_memory=dry_run)
+        request = _after_packing(request, given["data"])
     _show_or_start(request, peak_gib, dry_run=dry_run)
 
 
@@ -95,6 +98,19 @@ def submit_bench(words: list[str], profile: Profile, *, dry_run: bool) -> None:
     shape = (profile.nodes, profile.gpus_per_node) if is_shared else (1, 1)
     command = ("bench", name, *rest, *results, *work)
     _show_or_start(Request("bench", command, out, profile, 0, *shape), None, dry_run=dry_run)
+
+
+def _after_packing(request: Request, data: Path | None) -> Request:
+    """A training of data that a job still packs starts after that."""
+    from launch.watch import live_job
+
+    job = live_job(data) if data else None
+    if job is None:
+        return request
+    if request.profile.executor != "slurm":
+        raise ConfigError(f"job {job} still packs {data}; `hpc-ddpm jobs wait {data}` tells when it is done")
+    typer.echo(f"note: starts when job {job}, which packs {data}, has ended well", err=True)
+    return request.after(job)
 
 
 def _show_or_start(request: Request, peak_gib: float | None, *, dry_run: bool) -> None:

@@ -46,13 +46,15 @@ def test_where_the_time_went(tmp_path: Path) -> None:
         add_event(tmp_path, "7", {"event": kind, "time": time, "restarts": 0})
     rows = [{"step": 1}, {"step": 2, "step_time_s": 10.0, "data_wait_share": 0.25, "checkpoint_stall_s": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "lost.jsonl").write_text(json.dumps({"step": 2, "step_time_s": 3.0, "data_wait_share": 0}) + "\n")
     assert time_ledger([submission(tmp_path)], ["7"], now=180.0) == {
         "queued": 15,
         "running": 65,
         "computing": 14,
         "waiting_for_data": 5,
         "saving": 1,
-        "starting_or_lost": 45,
+        "lost_steps": 3,
+        "starting": 42,
     }
 
 

@@ -124,6 +124,20 @@ def test_packing_asks_for_no_gpu_and_sampling_is_an_array(laptop: Cli, tmp_path:
     assert "100 tasks (64 at a time) × 1 node × 1 GPU for at most 2-00:00:00 = 4800 GPU-hours" in sample
 
 
+def test_a_benchmark_is_one_job(laptop: Cli, tmp_path: Path) -> None:
+    common = ["--dry-run", "--cluster", "example_dgx", "--nodes", "2", "--out", tmp_path]
+    train = laptop("submit", "bench", "train", *common, "--config", "demo", "training.global_batch=16").stdout
+    assert "#SBATCH --ntasks-per-node=8" in train
+    assert f"--out {tmp_path}/train.md --json {tmp_path}/train.json --work {tmp_path}" in train
+    assert f"--out {tmp_path}/tune.yaml" in laptop("submit", "bench", "tune", *common).stdout
+    check = laptop("submit", "bench", "gpu-check", *common).stdout
+    assert "request: 1 node × 1 GPU for" in check
+    for words, part in ([["report"], "'report' is no benchmark"], [["train"], "give submit bench train --out FOLDER"]):
+        done = laptop("submit", "bench", *words, "--cluster", "example_dgx")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert part in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -190,6 +204,7 @@ def ended(mark: str, *, is_orderly: bool = False) -> dict[str, object]:
         (End(143, ranks=(2,)), [], 0, False, "failed with exit code 2"),  # srun ended the others, the highest code wins
         (End(143, "a", (143, 143)), [], 9, True, "stopped by SIGTERM"),
         (End(140, "a", (140,)), [ended("a", is_orderly=True)] * 8, 8, True, "stopped by SIGUSR2"),
+        (End(143, "a", (140,)), [], 8, True, "stopped by SIGUSR2"),  # srun ended a slower rank
         (End(143, "a", (143,)), [], 10, False, "max_requeues"),
         (End(137, "a", (75,)), [], 0, True, "a rank was lost"),
         (End(143, "a"), [], 0, True, "ended by a signal before it could save"),

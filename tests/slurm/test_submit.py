@@ -6,12 +6,39 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
-from tests.slurm.cluster import Cluster
-from tests.slurm.runs import STEPS, files, shown, submitted
+from tests.slurm.cluster import Cluster, read_logs, wait_for
+from tests.slurm.runs import STEPS, files, losses, shown, submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 PROFILE = ["--cluster", "devcluster"]
+
+
+def test_a_newcomers_four_lines(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    """docs/cluster.md after its first two lines, which install: from a login shell, one after the other."""
+    login = ["env", "-i", f"HOME={tmp_path}", *(f"{name}={cluster.env[name]}" for name in ("PATH", "SLURM_CONF"))]
+    source, here = tiny_packed.parent / "source", {"cwd": tmp_path}
+    words = ["hpc-ddpm", "submit", "pack", source, "--out", "packed", *PROFILE, *TINY]
+    assert "submitted job" in cluster.run(*login, *words, **here)
+    words = ["hpc-ddpm", "submit", "train", "--data", "packed", "--out", "runs/one", *PROFILE, "--gpus-per-node", "1"]
+    done = cluster.attempt(*login, *words, *TINY, **here)
+    assert (done.returncode, "which packs packed, has ended well" in done.stderr) == (0, True), done.stderr
+    assert cluster.attempt("hpc-ddpm", "jobs", "wait", "runs/one", **here).returncode == 0
+    assert "6/6 steps" in cluster.run(*login, "hpc-ddpm", "jobs", "ls", **here)
+
+
+def test_one_job_per_run_until_it_is_cancelled(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", *PROFILE, "--gpus-per-node", "1", "--out", run, "--data", tiny_packed, *STEPS]
+    job = submitted(cluster, *words, "training.num_steps=100000")
+    refused = cluster.attempt("hpc-ddpm", "submit", *words, "training.num_steps=100000")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert f"job {job} is queued or runs already" in refused.stderr
+    wait_for(lambda: bool(losses(run)), lambda: str(shown(cluster, run)))
+    assert cluster.run("hpc-ddpm", "jobs", "cancel", run) == f"cancelled job {job}\n"
+    assert cluster.attempt("hpc-ddpm", "jobs", "wait", run).returncode == 2
+    facts = shown(cluster, run)
+    assert (facts["state"], facts["restarts"]) == ("CANCELLED", 0)
 
 
 def test_the_drill_passes(cluster: Cluster, tmp_path: Path) -> None:
@@ -49,12 +76,26 @@ def test_lost_tasks_of_an_array_are_retried(
 def test_a_pipeline_from_volumes_to_pictures(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = cluster.run("hpc-ddpm", "submit", "pipeline", *PROFILE, tiny_packed.parent / "source", "--out", out, *TINY)
-    assert [line.split(": ")[1] for line in said.splitlines()[:4]] == ["pack", "train", "sample", "gallery"]
+    assert [line.split(": ")[1] for line in said.splitlines()[:4]] == ["pack", "train", "sample", "report"]
     assert cluster.attempt("hpc-ddpm", "jobs", "wait", out).returncode == 0, cluster.run("hpc-ddpm", "jobs", "ls", out)
+    page = (out / "report.html").read_text()
+    assert "Training loss" in page
+    assert page.count("data:image/png;base64,") > 3
+    assert "all there, as they were written" in page
+    assert "queued 0:00:" in page
     assert (out / "synthetic" / "gallery.html").stat().st_size > 1000
     rows = json.loads(cluster.run("hpc-ddpm", "jobs", "ls", out, "--json"))
-    assert {row["kind"] for row in rows} == {"pack", "train", "sample", "gallery"}
+    assert {row["kind"] for row in rows} == {"pack", "train", "sample", "report"}
     assert {state for row in rows for state in row["state"].split() if state.isupper()} == {"COMPLETED"}
+
+
+def test_a_benchmark_as_a_job(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    words = ["train", "--out", tmp_path, "--data", tiny_packed, "--repeats", "2", *TINY]
+    submitted(cluster, "bench", *PROFILE, "--gpus-per-node", "2", *words)
+    assert cluster.attempt("hpc-ddpm", "jobs", "wait", tmp_path).returncode == 0, read_logs(tmp_path / "jobs")
+    (row,) = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert row["world_size"] == 2
+    assert "volumes/s" in (tmp_path / "train.md").read_text()
 
 
 def test_longer_arrays_than_the_cluster_has(cluster: Cluster, alone: Path, tmp_path: Path) -> None:
