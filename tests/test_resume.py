@@ -44,6 +44,8 @@ def test_what_may_change_and_what_may_not(begun: Path, tmp_path: Path) -> None:
     check_resume(begun, config("training.zero_stage=3", "training.micro_batch=2", "sampling.num_steps=9"))
     check_resume(tmp_path / "new", config("seed=7"))
     covariates = "data.covariates={age: {mean: 50, std: 15}}"
-    for setting, problem in (("seed=7", "seed 0 -> 7"), (covariates, r"data\.covariates {} -> ")):
+    swapped = "data.labels.names={2: tumour, 1: head}"  # its order is that of the channels
+    problems = {"seed=7": "seed 0 -> 7", covariates: r"data\.covariates {} -> ", swapped: r"data\.labels\.names"}
+    for setting, problem in problems.items():
         with pytest.raises(ConfigError, match=f"was started with other settings: {problem}"):
             check_resume(begun, config(setting, "training.global_batch=8", "training.allow_batch_change=true"))

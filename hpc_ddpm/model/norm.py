@@ -61,11 +61,11 @@ class _GroupNormSiLU(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         y = _normalise(x, weight, bias, ctx.groups, ctx.eps)[0]
         grad = torch.ops.aten.silu_backward.grad_input(grad, y, grad_input=y)  # in y's place: fresh memory is slow
-        if not x.is_contiguous():
+        if not x.is_contiguous() and (x.dtype == torch.float32 or not _has_kernel(x)):
             return *_channels_last_backward(grad, x, mean, rstd, weight), None, None
         B, C = x.shape[:2]
         grads = torch.ops.aten.native_group_norm_backward(
-            grad.contiguous(), x, mean, rstd, weight, B, C, x[0, 0].numel(), ctx.groups, [True] * 3
+            grad, x, mean, rstd, weight, B, C, x[0, 0].numel(), ctx.groups, [True] * 3
         )
         return *grads, None, None
 
@@ -90,7 +90,7 @@ def _has_kernel(x: Tensor) -> bool:
 def _channels_last_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of GroupNorm by x, weight and bias where PyTorch has no fast kernel (channels_last_3d).
+    """Gradients of GroupNorm by x, weight and bias where PyTorch has no fast kernel (float32, or a GPU).
 
     With x̂ = (x - mean) rstd and g = weight * grad: dx = rstd (g - <g> - x̂ <g x̂>), <> over each group.
     """

@@ -62,7 +62,7 @@ def check_resume(run_dir: Path, wanted: Config) -> None:
     if stored is None:
         return
     before, after = flatten_config(stored), flatten_config(wanted)
-    differing = [key for key in after if before[key] != after[key]]
+    differing = [key for key in after if json.dumps(before[key]) != json.dumps(after[key])]  # also in order
     fixed = [key for key in differing if key not in MAY_CHANGE and not key.startswith("sampling.")]
     if fixed == ["training.global_batch"]:
         if not wanted.training.allow_batch_change:

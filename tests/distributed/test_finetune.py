@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc_ddpm.config import load_config
-from tests.conftest import TINY
 from tests.distributed.test_guards import state
 from tests.distributed.test_training import ROUNDING, Torchrun, copy_without_last, losses, run_all
 
@@ -23,13 +21,10 @@ def test_frozen_parameters_stay_and_the_run_resumes(torchrun: Torchrun, tiny_pac
         ["training.freeze=[time_embed,'input_blocks.[01]']", "training.learning_rate=1e-3"],
     )
     run_all(torchrun, 1, {source: ["training.num_steps=2"]}, tiny_packed)
-    (source / "config.json").write_text(json.dumps(load_config(None, TINY).config.dump()))
     settings += [f"training.init_from={source}", "training.checkpoint_every_steps=3"]
     jobs = {tmp_path / str(stage): [*settings, f"training.zero_stage={stage}"] for stage in (0, 1, 2, 3)}
     jobs[tmp_path / "bf16"] = [*settings, "training.precision=bf16", "training.zero_stage=3"]
-    run_all(
-        torchrun, 2, {run: [*words, "training.checkpoint_every_steps=3"] for run, words in jobs.items()}, tiny_packed
-    )
+    run_all(torchrun, 2, jobs, tiny_packed)
     begun = state(source, 2)
     for run in jobs:
         ended = state(run, 6)
