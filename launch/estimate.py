@@ -52,6 +52,7 @@ def estimate(config: Config, gpu: Gpu, world_size: int) -> dict[str, Any]:
         "policy": policy,
         "micro_batch": micro_batch,
         "memory_gib": {name: size / GIB for name, size in plan.parts().items()} | {"peak": plan.total / GIB},
+        "host_gib": plan.host / GIB,
         "peak_gib_by_policy": {name: planner.plan(name, micro_batch).total / GIB for name in POLICIES},
         "largest_micro_batch": fits,
         "suggestion": _suggest(fits, config, world_size),
@@ -179,6 +180,8 @@ def _print_parts(console: Console, facts: dict[str, Any]) -> None:
     for name, size in facts["memory_gib"].items():
         table.add_row(name.replace("_", " "), f"{size:.3f}", style="bold" if name == "peak" else None)
     console.print(table, "")
+    if facts["host_gib"]:
+        console.print(f"offloaded activations of one rank: {facts['host_gib']:.3f} GiB of page-locked host memory\n")
     if "measured" in facts:
         table = _table("tensors of one volume's step", "predicted GiB", "measured GiB", "ratio")
         for policy, row in facts["measured"].items():

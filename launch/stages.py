@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpc_ddpm.config import Config, config_from_dict, flatten_config, load_config
 from hpc_ddpm.distributed import TIMEOUT_S, Ranks, StopFlag, detect_ranks, process_group
@@ -103,11 +103,10 @@ def _train(run_dir: Path, source: str | None, overrides: Sequence[str], show_pro
                 device,
                 on_log=lambda step, values: update(step, total, training_note(values)),
                 on_stage=lambda done, shards: staged(done, shards, ""),
+                on_choice=_tell_choice,
                 stop=stop,
             )
     if ranks.is_main:
-        if config.model.activation_checkpointing == "auto":
-            print(_chosen(run_dir))
         if config.training.profile_steps and (run_dir / PROFILE / "where.txt").is_file():
             print((run_dir / PROFILE / "where.txt").read_text(encoding="utf-8"))
         if config.training.init_from or config.training.freeze:
@@ -116,12 +115,13 @@ def _train(run_dir: Path, source: str | None, overrides: Sequence[str], show_pro
     return 128 + result.stopped_by if result.stopped_by else 0
 
 
-def _chosen(run_dir: Path) -> str:
+def _tell_choice(choice: Mapping[str, Any]) -> None:
     """What the planner chose for `activation_checkpointing=auto`, and why."""
-    choice = json.loads((run_dir / "activation_checkpointing.json").read_text(encoding="utf-8"))
-    return (
+    print(
         f"activation checkpointing: {choice['activation_checkpointing']}, predicted peak "
-        f"{choice['predicted_peak_gib']:.2f} GiB of {choice['free_gib']:.2f} GiB free"
+        f"{choice['predicted_peak_gib']:.2f} GiB of {choice['free_gib']:.2f} GiB free "
+        f"({choice['usable_share']:.0%} usable)",
+        flush=True,
     )
 
 

@@ -232,6 +232,8 @@ class ModelConfig(Section):
     """What backward recomputes: nothing, the norm+SiLU, each block, or each level and its blocks.
 
     auto: the least of these that fits into the memory that is free when training starts."""
+    offload_activations: Literal["none", "cpu"] = "none"
+    """With block or full: keep what is stored between forward and backward in the host's memory (no effect on CPUs)."""
     channels_last: bool = False
     """Keep activations in channels_last_3d: faster on CPUs; on a GPU, measure. Weights stay contiguous."""
 
@@ -242,6 +244,11 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        if self.offload_activations != "none" and self.activation_checkpointing in {"none", "norm"}:
+            raise ValueError(
+                f"offload_activations=cpu needs activation_checkpointing=block, full or auto, found "
+                f"{self.activation_checkpointing}"
+            )
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(f"channel_multipliers must be positive, found {list(self.channel_multipliers)}")
         for multiplier in self.channel_multipliers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from hpc_ddpm.model.norm import GroupNormSiLU
+from hpc_ddpm.model.offload import saved_on_host
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float) -> Tensor:
@@ -114,7 +116,10 @@ class NormConv(nn.ModuleList):
 
 
 class ResBlock(nn.Module):
-    """skip(x) + conv(norm(conv(norm(x)) + linear(time))), (B, C, D, H, W), (B, E) -> (B, C_out, D, H, W)."""
+    """skip(x) + conv(norm(conv(norm(x)) + linear(time))), (B, C, D, H, W), (B, E) -> (B, C_out, D, H, W).
+
+    On the way up x is given in two parts: the second, `joined`, is the output of a block on the way down.
+    """
 
     def __init__(
         self,
@@ -140,10 +145,14 @@ class ResBlock(nn.Module):
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else Conv3d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, embedding: Tensor, joined: Tensor | None = None) -> Tensor:  # noqa: D102
+        if joined is not None:
+            x = torch.cat([x, joined], dim=1)
+        # first, backward comes to it last and holds one gradient of x, not two; last, its output waits for nothing
+        skip = self.skip_connection(x) if torch.is_grad_enabled() else None
         h = self.in_layers(x, self.emb_layers(embedding))
         h = self.out_layers(h)
-        return cast("Tensor", h.add_(self.skip_connection(x)))
+        return cast("Tensor", h.add_(self.skip_connection(x) if skip is None else skip))
 
 
 class Downsample(nn.Module):
@@ -168,28 +177,34 @@ class Upsample(nn.Module):
         return cast("Tensor", self.conv(F.interpolate(x, scale_factor=2.0, mode="trilinear")))
 
 
-def checkpointed(function: Callable[..., Any], *inputs: Any, dropout: float) -> Any:
-    """Call `function`, storing only its inputs; backward repeats it, with the same dropout."""
+def checkpointed(function: Callable[..., Any], *inputs: Any, dropout: float, offload: bool) -> Any:
+    """Call `function`, storing only its inputs (`offload`: on the host); backward repeats it, with the same dropout."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0)
+    with saved_on_host() if offload else nullcontext():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0)
 
 
 class Block(nn.ModuleList):
-    """Layers applied in turn; residual blocks also see the time embedding.
+    """Layers applied in turn; residual blocks also see the time embedding and what is joined on the way up.
 
-    With `recompute`, backward repeats each residual and attention block instead of storing its insides.
+    With `recompute`, backward repeats each layer but its last convolution (it needs that one's input only) instead of
+    storing its insides. With `offload`, the inputs of the layers are stored on the host.
     """
 
-    def __init__(self, *layers: nn.Module, recompute: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self, *layers: nn.Module, recompute: bool = False, offload: bool = False, dropout: float = 0.0
+    ) -> None:
         super().__init__(layers)
-        self.recompute, self.dropout = recompute, dropout
+        self.recompute, self.offload, self.dropout = recompute, offload, dropout
 
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, h: Tensor, embedding: Tensor, joined: Tensor | None = None) -> Tensor:  # noqa: D102
+        if joined is not None and self.offload:  # one tensor comes back, not its parts and then itself
+            h, joined = torch.cat([h, joined], dim=1), None
         for layer in self:
-            inputs = (h, embedding) if isinstance(layer, ResBlock) else (h,)
-            if self.recompute and not isinstance(layer, Conv3d | Downsample | Upsample):
-                h = checkpointed(layer, *inputs, dropout=self.dropout)
+            inputs = (h, embedding, joined) if isinstance(layer, ResBlock) else (h,)
+            if self.recompute:
+                h = checkpointed(layer, *inputs, dropout=self.dropout, offload=self.offload)
             else:
                 h = layer(*inputs)
         return h

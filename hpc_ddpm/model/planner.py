@@ -92,6 +92,11 @@ class MemoryPlan:
         return self.micro_batch * self.trace.workspace_bytes
 
     @property
+    def host(self) -> int:
+        """Activations in page-locked host memory, beside all other figures (`model.offload_activations`)."""
+        return self.micro_batch * self.trace.host_bytes
+
+    @property
     def total(self) -> int:
         """Peak of a training step."""
         states = self.states
@@ -165,8 +170,13 @@ class Planner:
         raise ConfigError(
             f"training.micro_batch={micro_batch} needs {least.total / GIB:.1f} GiB with activation checkpointing "
             f"'{least.policy}', {budget / GIB:.1f} GiB are free ({USABLE:.0%} usable); lower training.micro_batch, "
-            "data.size or model.base_channels, or use a larger device"
+            "data.size or model.base_channels, or use a larger device" + self._way_out()
         )
+
+    def _way_out(self) -> str:
+        """What else a GPU's user can do when nothing fits."""
+        is_left = self.device_type != "cpu" and self.config.model.offload_activations == "none"
+        return ", or set model.offload_activations=cpu" if is_left else ""
 
 
 def with_policy(config: Config, policy: str) -> Config:
@@ -190,4 +200,5 @@ def record(plan: MemoryPlan, budget: int) -> Mapping[str, Any]:
         "usable_share": USABLE,
         "predicted_peak_gib": round(plan.total / GIB, 3),
         "parts_gib": cast("Mapping[str, Any]", sizes),
+        "host_gib": round(plan.host / GIB, 3),
     }

@@ -23,6 +23,8 @@ from torch.utils.flop_counter import flop_registry
 from hpc_ddpm.config import Config
 from hpc_ddpm.model.unet3d import build_unet
 
+HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -38,6 +40,8 @@ class Trace:
     """Most that is alive at any instant."""
     largest_numel: int
     """Elements of the largest tensor."""
+    host_bytes: int
+    """Of activations that wait for backward in the host's memory; in no other figure here."""
     workspace_bytes: int
     """A second copy of the largest convolution's input and output: kernels reorder them. An estimate."""
 
@@ -66,7 +70,7 @@ def trace_step(config: Config, dtype: torch.dtype, device_type: str = "cuda") ->
             loss = example_loss(network, batch)
             forward_flops, saved = watch.flops, watch.live
             loss.backward()
-    return Trace(forward_flops, watch.flops, saved, watch.peak, watch.largest_numel, watch.workspace)
+    return Trace(forward_flops, watch.flops, saved, watch.peak, watch.largest_numel, watch.host, watch.workspace)
 
 
 def trace_forward(config: Config, dtype: torch.dtype, device_type: str = "cuda") -> Forward:
@@ -137,31 +141,35 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.live = self.peak = self.largest_numel = self.workspace = 0
+        self.flops = self.live = self.peak = self.largest_numel = self.host = self.workspace = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        packet = func.overloadpacket
+        packet, kwargs = func.overloadpacket, kwargs or {}
+        is_on_host = packet is torch.ops.aten.empty_like and args[0].is_meta and kwargs.get("device") == HOST
+        if is_on_host:
+            kwargs = kwargs | {"device": args[0].device, "pin_memory": False}
+        out = func(*args, **kwargs)
         if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         if packet is torch.ops.aten.convolution:
             self.workspace = max(self.workspace, args[0].nbytes + out.nbytes)
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self.largest_numel = max(self.largest_numel, value.numel())
-                self._add(value.untyped_storage())
+                self._add(value.untyped_storage(), is_on_host=is_on_host)
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage, *, is_on_host: bool) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
             return
 
         def gone(_: object) -> None:
             del self._storages[key]
-            self.live -= size
+            self.live -= 0 if is_on_host else size
 
         self._storages[key] = weakref.ref(storage, gone)
-        self.live += size
+        self.host += size if is_on_host else 0
+        self.live += 0 if is_on_host else size
         self.peak = max(self.peak, self.live)

@@ -90,7 +90,7 @@ class UNet3d(nn.Module):
         self.out = NormConv(
             GroupNormSiLU(config.num_groups, width),
             conv3(width, num_modalities, kind=ZeroConv3d),
-            recompute=config.activation_checkpointing == "norm",
+            recompute=config.activation_checkpointing != "none",
         )
 
     def _res(self, in_channels: int, out_channels: int) -> nn.Module:
@@ -109,8 +109,13 @@ class UNet3d(nn.Module):
         return [AttentionBlock(channels, self.config.num_groups, self.config.head_channels)]
 
     def _block(self, *layers: nn.Module) -> Block:
-        recompute = self.config.activation_checkpointing in {"block", "full"}
-        return Block(*layers, recompute=recompute, dropout=self.config.dropout)
+        policy = self.config.activation_checkpointing
+        offload = policy == "block" and self._offload  # where it is full, the inputs of whole levels
+        return Block(*layers, recompute=policy in {"block", "full"}, offload=offload, dropout=self.config.dropout)
+
+    @property
+    def _offload(self) -> bool:
+        return self.config.offload_activations == "cpu"
 
     def forward(self, x_t: Tensor, condition: Tensor, timesteps: Tensor, covariates: Tensor | None = None) -> Tensor:
         """One evaluation of the network.
@@ -159,7 +164,7 @@ class UNet3d(nn.Module):
         """One level's stack of blocks, repeated in backward where `activation_checkpointing` is full."""
         if self.config.activation_checkpointing != "full":
             return function(*inputs)
-        return checkpointed(function, *inputs, dropout=self.config.dropout)
+        return checkpointed(function, *inputs, dropout=self.config.dropout, offload=self._offload)
 
     @staticmethod
     def _down(h: Tensor, embedding: Tensor, blocks: list[nn.Module]) -> list[Tensor]:
@@ -172,7 +177,7 @@ class UNet3d(nn.Module):
     @staticmethod
     def _up(h: Tensor, embedding: Tensor, blocks: list[nn.Module], skips: list[Tensor]) -> Tensor:
         for block, skip in zip(blocks, skips, strict=True):
-            h = block(torch.cat([h, skip], dim=1), embedding)
+            h = block(h, embedding, skip)
         return h
 
     def _check(self, x_t: Tensor, condition: Tensor, timesteps: Tensor, covariates: Tensor | None) -> None:

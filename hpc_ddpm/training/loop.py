@@ -27,7 +27,7 @@ from hpc_ddpm.training.engine import Engine, learning_rate
 from hpc_ddpm.training.faults import Fault
 from hpc_ddpm.training.feed import Feed
 from hpc_ddpm.training.guards import DivergedError, SpikeDetector, StepGuard, count_rollbacks, roll_back
-from hpc_ddpm.training.memory import settle_memory
+from hpc_ddpm.training.memory import OnChoice, settle_memory
 from hpc_ddpm.training.meter import Meter
 from hpc_ddpm.training.previews import Previews
 from hpc_ddpm.training.profiling import DATA, OPTIMIZER, Profiler
@@ -58,6 +58,7 @@ def train(
     device: torch.device,
     on_log: OnLog = lambda step, values: None,
     on_stage: Progress = lambda done, total: None,
+    on_choice: OnChoice = lambda choice: None,
     stop: StopFlag | None = None,
 ) -> TrainResult:
     """Train to `config.training.num_steps`, or until a stop signal; all ranks call it inside a process group.
@@ -70,6 +71,7 @@ def train(
         device: of this rank.
         on_log: called on rank 0 after every step, with the numbers of the step where they were logged.
         on_stage: called with (shards, all shards) while shards are copied to `config.data.stage_dir`.
+        on_choice: called on rank 0 with what `activation_checkpointing=auto` stands for, before training takes memory.
         stop: one that has been listening already.
 
     Raises:
@@ -88,7 +90,7 @@ def train(
     if start >= training.num_steps:
         return TrainResult(start, start, 0)
     config = config.model_copy(update={"data": agree_with_packed(config.data)})
-    config = settle_memory(config, run_dir, ranks, device)
+    config = settle_memory(config, run_dir, ranks, device, on_choice)
     dataset = VolumeDataset(all_or_none(partial(stage, config.data, on_stage)), "train")
     if config.data.cache == "ram":
         dataset.keep_in_ram()

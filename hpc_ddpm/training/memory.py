@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,13 +17,16 @@ from hpc_ddpm.host import free_memory
 from hpc_ddpm.model.planner import MAX_NUMEL, Planner, record, with_policy
 
 CHOICE_FILE = "activation_checkpointing.json"
+OnChoice = Callable[[Mapping[str, Any]], None]
 
 
-def settle_memory(config: Config, run_dir: Path, ranks: Ranks, device: torch.device) -> Config:
+def settle_memory(
+    config: Config, run_dir: Path, ranks: Ranks, device: torch.device, on_choice: OnChoice = lambda choice: None
+) -> Config:
     """The configuration with `activation_checkpointing=auto` replaced by the least recompute that fits; a collective.
 
     All ranks plan with the smallest free memory among them, so they choose alike. Rank 0 stores the choice and its
-    numbers as `activation_checkpointing.json` in the run directory.
+    numbers as `activation_checkpointing.json` in the run directory, and tells `on_choice`.
 
     Raises:
         ConfigError: nothing fits, or a tensor would be too large for 32-bit indices.
@@ -38,7 +43,9 @@ def settle_memory(config: Config, run_dir: Path, ranks: Ranks, device: torch.dev
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     plan = planner.choose_policy(int(smallest))
     if ranks.is_main:
-        write_json(run_dir / CHOICE_FILE, record(plan, int(smallest)), indent=2)
+        choice = record(plan, int(smallest))
+        write_json(run_dir / CHOICE_FILE, choice, indent=2)
+        on_choice(choice)
     return with_policy(config, plan.policy)
 
 

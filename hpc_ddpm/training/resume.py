@@ -16,6 +16,7 @@ MAY_CHANGE = {
     "data.cache",
     "data.stage_dir",
     "model.activation_checkpointing",
+    "model.offload_activations",
     "model.channels_last",
     "training.num_steps",
     "training.micro_batch",

@@ -6,7 +6,7 @@ import torch
 
 from hpc_ddpm.config import Config, load_config
 from hpc_ddpm.errors import ConfigError, DataFormatError
-from hpc_ddpm.model import UNet3d, build_unet
+from hpc_ddpm.model import UNet3d, build_unet, offload
 from tests.model.deterministic import fill, inputs
 
 FIGURES = json.loads((Path(__file__).parent / "med_ddpm_figures.json").read_text())
@@ -138,6 +138,26 @@ def test_checkpointing_gives_the_same_gradients(policy: str, dropout: float, cha
     found = gradients(tiny_network(*settings, f"model.activation_checkpointing={policy}"), seed=5)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("policy", ["block", "full"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_checkpoints_on_the_host_give_the_same_gradients(
+    policy: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU all is on the host already: here it is copied as if it were not."""
+    settings = [f"model.activation_checkpointing={policy}", f"model.channels_last={channels_last}"]
+    expected = gradients(tiny_network(*settings))
+    network, moved = tiny_network(*settings, "model.offload_activations=cpu"), []
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(network).items())
+    monkeypatch.setattr(offload, "_stays", lambda x: moved.append(x.shape) or False)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(network).items())
+    assert (2, 8, 8, 8, 8) in moved  # (B, C, D, H, W)
+
+
+def test_only_checkpoints_can_be_on_the_host() -> None:
+    with pytest.raises(ConfigError, match="offload_activations=cpu needs activation_checkpointing=block, full or auto"):
+        tiny("model.offload_activations=cpu", "model.activation_checkpointing=norm")
 
 
 def saved_bytes(policy: str) -> int:

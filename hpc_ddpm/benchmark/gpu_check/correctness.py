@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hpc_ddpm.benchmark.device import describe_gpu, device_name, exact_fp32, time_calls
 from hpc_ddpm.benchmark.gpu_check.setup import (
     LAYOUTS,
+    OFFLOADED,
     PRESETS,
     Row,
     Setup,
@@ -112,18 +113,19 @@ def _sampled(network: nn.Module, config: Config, sampler: str, device: torch.dev
 
 
 def checkpointing(setup: Setup) -> Iterator[Row]:
-    """Each activation-checkpointing policy gives the gradients of `none`."""
+    """Each activation-checkpointing policy gives the gradients of `none`; `block` with them on the host too."""
+    variants = {policy: (f"model.activation_checkpointing={policy}",) for policy in POLICIES} | {"offloaded": OFFLOADED}
     for preset in PRESETS:
         for precision in DTYPES_USED:
             expected: list[Tensor] = []
-            for policy in POLICIES:
-                config = setup.small(preset, f"model.activation_checkpointing={policy}")
+            for variant, overrides in variants.items():
+                config = setup.small(preset, *overrides)
                 candidate = random_network(config).to(setup.device, DTYPES[precision])
                 with exact_fp32():
                     _, found = _output_and_gradients(candidate, config, setup.device)
                 expected = expected or found
                 band = BANDS["same arithmetic"] if precision == "fp32" else BANDS["conv"]
-                yield check(policy, relative_error(found, expected), band, preset=preset, precision=precision)
+                yield check(variant, relative_error(found, expected), band, preset=preset, precision=precision)
 
 
 def layers(setup: Setup) -> Iterator[Row]:

@@ -25,6 +25,7 @@ TINY = (
     "model.channel_multipliers=[1,2]",
     "model.attention_factors=[2]",
 )
+OFFLOADED = ("model.activation_checkpointing=block", "model.offload_activations=cpu")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
 
@@ -57,9 +58,9 @@ class Setup:
         return load_config(name, ["training.global_batch=1", *tiny, *overrides]).config
 
     @cache  # noqa: B019 - one setup per process
-    def planner(self, preset: str, precision: str) -> Planner:
+    def planner(self, preset: str, precision: str, *overrides: str) -> Planner:
         """Of the preset on this device; every policy is traced once."""
-        return Planner(self.preset(preset), 1, precision, self.device.type)
+        return Planner(self.preset(preset, *overrides), 1, precision, self.device.type)
 
     def small(self, name: str, *overrides: str) -> Config:
         """A network whose reference a CPU computes soon: the preset at 48^3, or tiny.

@@ -16,6 +16,7 @@ from hpc_ddpm.benchmark.device import device_name, exact_fp32, measure_ceilings,
 from hpc_ddpm.benchmark.gpu_check.correctness import BANDS
 from hpc_ddpm.benchmark.gpu_check.setup import (
     LAYOUTS,
+    OFFLOADED,
     Row,
     Setup,
     attempt,
@@ -110,11 +111,12 @@ def _self_time(event: Any, is_gpu: bool) -> float:
 
 
 def steps(setup: Setup, preset: str) -> Iterator[Row]:
-    """bf16 with every checkpointing policy, float32 with the first that fits, then variants of the fastest."""
+    """bf16 with every checkpointing policy, and offloaded; float32 with the first that fits; then variants."""
     rows = []
     for policy in POLICIES:
         rows.append(_step_row(setup, preset, "bf16", policy))
         yield rows[-1]
+    yield _step_row(setup, preset, "bf16", "block", is_offloaded=True)
     fastest = min(rows, key=lambda row: row.get("ms", float("inf")))["policy"]
     yield _step_row(setup, preset, "bf16", fastest, layout="channels_last")
     yield _step_row(setup, preset, "bf16", fastest, micro_batch=2)
@@ -153,10 +155,12 @@ def _step_row(
     layout: str = "contiguous",
     micro_batch: int = 1,
     is_searched: bool = False,
+    is_offloaded: bool = False,
     backend: str | None = None,
 ) -> Row:
+    offload = OFFLOADED if is_offloaded else ()
     overrides = [f"model.activation_checkpointing={policy}", f"model.channels_last={layout == 'channels_last'}"]
-    overrides += [f"training.micro_batch={micro_batch}", f"training.global_batch={micro_batch}"]
+    overrides += [*offload, f"training.micro_batch={micro_batch}", f"training.global_batch={micro_batch}"]
     config, device = setup.preset(preset, *overrides), setup.device
 
     def measure() -> Row:
@@ -166,7 +170,7 @@ def _step_row(
         step = PlainStep(config, device, precision, backend)
         times = time_calls(step, device, budget_s=setup.budget_s, warm_up=setup.warm_up, least=3, most=20)
         volumes_per_s = micro_batch / spread(times)["median"]
-        planner = setup.planner(preset, precision)
+        planner = setup.planner(preset, precision, *offload)
         peak = peak_flops(device_name(device), precision)
         model_flops, run_flops = (volumes_per_s * planner.trace(each).flops for each in ("none", policy))
         plan = planner.plan(policy, micro_batch)
@@ -183,6 +187,7 @@ def _step_row(
         "name": f"{preset} training step",
         "precision": precision,
         "policy": policy,
+        "offloaded": is_offloaded,
         "layout": layout,
         "micro_batch": micro_batch,
         "cudnn_benchmark": is_searched,
