@@ -34,7 +34,7 @@ class Request:
     """One stage as it is to run."""
 
     stage: str
-    """train, sample, pack or gallery."""
+    """train, sample, pack, gallery or bench."""
     arguments: tuple[str, ...]
     """Of `hpc-ddpm`."""
     run_dir: Path

@@ -19,7 +19,7 @@ from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.files import write_json
 
 FOLDER = "jobs"
-GPU_STAGES = ("train", "sample")
+GPU_STAGES = ("train", "sample", "bench")
 """Packing and pictures are work for the cores of a whole node."""
 
 
@@ -29,7 +29,7 @@ class Submission:
 
     job_id: str
     stage: str
-    """train, sample, pack or gallery."""
+    """train, sample, pack, gallery or bench."""
     arguments: list[str]
     """Of `hpc-ddpm`."""
     run_dir: str

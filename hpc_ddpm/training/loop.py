@@ -131,13 +131,9 @@ def _train_from(
         feed = Feed(config, dataset, start, count_rollbacks(run_dir, ranks), ranks, device, stop)
         meter = Meter(training.global_batch, ranks, device)
         while step < training.num_steps and not stopped_by:
-            rate = learning_rate(training, step)
             with profiler.step(step - start + 1):
-                loss = _one_step(engine, feed, config, schedule, step, rate, meter)
-            if engine.has_stepped and (step + 1) % training.ema_every_steps == 0:
-                engine.ema.update()
+                advance(engine, feed, config, schedule, step, meter)
             step += 1
-            meter.add(step, loss)
             stopped_by = stop.agreed(device)
             saver.poll()
             try:
@@ -150,7 +146,7 @@ def _train_from(
             is_save = is_last or (step % training.checkpoint_every_steps == 0 and not guard.bad_in_a_row)
             if is_save or seen or step % training.log_every_steps == 0:  # no step of a checkpoint is missing in the log
                 extra = seen | {
-                    "learning_rate": rate,
+                    "learning_rate": learning_rate(training, step - 1),
                     "gradient_norm": engine.gradient_norm(),
                     "skipped_steps": guard.take_skipped(),
                     "checkpoint_stall_s": saver.take_stall_s(),
@@ -167,11 +163,9 @@ def _train_from(
     return step, stopped_by
 
 
-def _one_step(
-    engine: Engine, feed: Feed, config: Config, schedule: Schedule, step: int, rate: float, meter: Meter
-) -> torch.Tensor:
-    """One optimizer step; the detached mean loss of this rank."""
-    losses = []
+def advance(engine: Engine, feed: Feed, config: Config, schedule: Schedule, step: int, meter: Meter) -> None:
+    """Optimizer step `step`, counted from 0: micro steps, averages, and this rank's mean loss into the meter."""
+    losses, rate = [], learning_rate(config.training, step)
     off_value = config.data.labels.off_value
     for micro_step in range(feed.accumulation):
         with record_function(DATA):
@@ -183,7 +177,9 @@ def _one_step(
         with record_function(OPTIMIZER):
             engine.step(rate)
         losses.append(loss.detach())
-    return torch.stack(losses).mean()
+    if engine.has_stepped and (step + 1) % config.training.ema_every_steps == 0:
+        engine.ema.update()
+    meter.add(step + 1, torch.stack(losses).mean())
 
 
 def _look(
