@@ -213,7 +213,7 @@ def everything(
     minutes: Annotated[float, typer.Option(min=0.1, help="For everything; a part may take half of what is left.")] = 30,
     price: Price = None,
 ) -> None:
-    """Train, sample, comm, data and scaling on this machine in one go. Exit code 2 if a part fails; the rest goes on."""
+    """Train, sample, comm, data and scaling on this machine. Exit code 2 if a part fails; the rest goes on."""
     from hpc_ddpm.config import load_config
     from launch.bench_all import bench_all
 

@@ -108,6 +108,7 @@ def _row(
         "host_overhead_share": fmean(each["shares"]["other"] for each in found),
         "checkpoint_stall_s": stall_s,
         "checkpoint_gib": found[0].get("checkpoint_gib"),
+        "loss": found[0].get("loss"),
         "read_s": median(each["read_s"] for each in found),
         "parts_s": _parts_s(found, median(samples), wait_share, stall_s / every / per_rank),
     }

@@ -56,7 +56,7 @@ class Runner:
     step: int = 0
 
     def turn(self, steps: int) -> dict[str, float]:
-        """So many optimizer steps; seconds of each, and the share of waiting for data. A collective."""
+        """So many optimizer steps; seconds of each, share of waiting for data, last loss. A collective."""
         dist.barrier()
         synchronize(self.device)
         meter = Meter(self.config.training.global_batch, self.ranks, self.device)
@@ -64,7 +64,7 @@ class Runner:
             advance(self.engine, self.feed, self.config, self.schedule, self.step, meter)
             self.step += 1
         _, last = meter.flush({})[-1]
-        return {"step_s": last["step_time_s"], "data_wait_share": last["data_wait_share"]}
+        return {"step_s": last["step_time_s"], "data_wait_share": last["data_wait_share"], "loss": last["loss"]}
 
 
 def race(
@@ -93,8 +93,9 @@ def race(
         warm_up: steps before all turns.
 
     Returns:
-        `contestant`, `step_s` and `data_wait_share` of every turn, `shares` of a step by part, `checkpoint_gib` and
-        `checkpoint_stall_s` of one save in the background, `read_s` of a volume without training.
+        `contestant`, `step_s` and `data_wait_share` of every turn, `loss` of the last (the same for all, to rounding),
+        `shares` of a step by part, `checkpoint_gib` and `checkpoint_stall_s` of one save in the background, `read_s` of
+        a volume without training.
 
     Raises:
         ConfigError: see `train`.
@@ -121,6 +122,7 @@ def race(
             found = {
                 "step_s": [turn["step_s"] for turn in counted[runner.name]],
                 "data_wait_share": [turn["data_wait_share"] for turn in counted[runner.name]],
+                "loss": counted[runner.name][-1]["loss"],
                 "shares": _shares(runner),
                 "read_s": read_s,
                 **_checkpoint(runner, folder / runner.name),
