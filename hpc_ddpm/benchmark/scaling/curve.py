@@ -180,7 +180,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
             continue
         lost = {part: seconds for part, seconds in row["lost_to"].items() if seconds > 0}
         total = sum(lost.values())
-        worst = sorted(lost, key=lambda part: -lost[part])[:3]
+        worst = [part for part in sorted(lost, key=lambda part: -lost[part])[:3] if lost[part] > 0.01 * total]
         where = ", ".join(f"{part} {lost[part] / total:.0%}" for part in worst) or "nothing"
         said.append(
             f"{row['contestant']} on {row['gpus']} GPUs keeps {row['efficiency']['median']:.0%} of the speed per GPU "

@@ -35,8 +35,9 @@ def draw_curves(figure: type[Figure], rows: Sequence[Row]) -> Figure:
     ideal = [base["volumes_per_s_per_gpu"] * count for count in ticks]
     speed.plot(ticks, ideal, ":", color="grey", label=f"as on {base['gpus']}")
     speed.set(xscale="log", yscale="log", ylabel="volumes/s")
-    efficiency.set(xscale="log", ylabel=f"% of the speed per GPU of {base['gpus']}", ylim=(0, None))
     efficiency.axhline(100, linestyle=":", color="grey")
+    efficiency.set(xscale="log", ylabel=f"% of the speed per GPU of {base['gpus']}")
+    efficiency.set_ylim(0, 1.06 * max(100.0, *(_efficiency(row) for row in rows)))
     for axes in (speed, efficiency):
         axes.set(xlabel="GPUs; dashed: prediction")
         axes.set_xticks(ticks, [str(count) for count in ticks], minor=False)
