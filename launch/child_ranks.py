@@ -47,7 +47,8 @@ class Agents:
         mine = range(world_size) if self.ranks.world_size == 1 else {self.ranks.rank} & set(range(world_size))
         children = {rank: self._start(words, rank, world_size, meeting, logs) for rank in mine}
         codes = self._wait(children, logs / "failed")
-        failed = [rank for found in all_gather(codes) for rank, code in found.items() if code]
+        ends = {rank: code for found in all_gather(codes) for rank, code in found.items()}
+        failed = sorted((rank for rank, code in ends.items() if code), key=lambda rank: ends[rank] < 0)  # killed last
         if not failed:
             return ""
         said = [(logs / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines() for rank in failed]
@@ -71,18 +72,17 @@ class Agents:
     def _wait(self, children: dict[int, subprocess.Popen[bytes]], failed: Path) -> dict[int, int]:
         """Exit codes; when one fails anywhere, the others would wait for it for long."""
         try:
-            while any(child.poll() is None for child in children.values()):
+            while any(child.poll() is None for child in children.values()) and not failed.exists():
                 if any(child.returncode for child in children.values()):
-                    failed.touch()
-                if failed.exists():
                     break
                 time.sleep(POLL_S)
+            if any(child.returncode for child in children.values()):
+                failed.touch()
         finally:
             for child in children.values():
                 child.kill()
                 child.wait()
-        own = {rank: child.returncode for rank, child in children.items()}
-        return {rank: code for rank, code in own.items() if code > 0} or own
+        return {rank: child.returncode for rank, child in children.items()}
 
 
 @contextmanager
@@ -92,10 +92,7 @@ def agents() -> Iterator[Agents]:
 
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
     if os.environ.get("HPC_DDPM_DEVICE") == "cpu" or not torch.cuda.is_available():
-        environment |= {
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-        }  # so that ranks are alike however many there are
+        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # ranks are alike, however many there are
     before = os.environ.get("HPC_DDPM_DEVICE")
     os.environ["HPC_DDPM_DEVICE"] = "cpu"
     ranks = detect_ranks()
