@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -204,6 +205,7 @@ def submit_scaling(config: Config, words: list[str], out: Path, cluster: str, po
     """
     from hpc_ddpm.benchmark.scaling.curve import config_at
     from launch.executor import Request, submit
+    from launch.jobs import run_command
     from launch.profiles import load_profile
 
     profile, most = load_profile(cluster), max(points)
@@ -213,6 +215,8 @@ def submit_scaling(config: Config, words: list[str], out: Path, cluster: str, po
     if most % per_node:
         raise ConfigError(f"--gpus {most}: not a multiple of the {per_node} GPUs of a node; choose whole nodes")
     command = ("bench", "scaling", "--out", str(out), *words, "--quiet")
+    if profile.executor == "debug":
+        sys.exit(run_command(command))
     submission = submit(Request("bench", command, out, profile, 0, most // per_node, per_node))
     print(
         f"submitted job {submission.job_id}: {most // per_node} nodes x {per_node} GPUs, results in {out}/scaling.json"
