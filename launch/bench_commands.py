@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,18 +110,116 @@ def sample(
 
 def _finish(report: dict[str, Any] | None, json_file: Path | None, out: Path | None) -> None:
     """Write and print on rank 0, which alone has a report."""
-    from hpc_ddpm.benchmark.figures import figures_table
     from hpc_ddpm.benchmark.record import describe
+    from hpc_ddpm.benchmark.tables import report_tables
     from hpc_ddpm.files import write_json, write_text
 
     if report is None:
         return
     if json_file is not None:
         write_json(json_file, report, indent=2)
-    page = f"{figures_table(report['rows'], [report['benchmark']])}\n\n{describe(report['environment'])}\n"
+    page = f"{report_tables(report)}\n\n{describe(report['environment'])}\n"
     if out is not None:
         write_text(out, page)
     typer.echo(page, nl=False)
+
+
+@bench_app.command()
+def comm(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=2, help="New ones on this machine, where none are started.")] = 2,
+    json_file: JsonFile = None,
+    out: MarkdownFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time all-reduce, reduce-scatter and all-gather of this network's gradients. Alone or under torchrun, srun."""
+    from hpc_ddpm.config import load_config
+    from launch.scaling_stages import comm_stage
+
+    settings = load_config(config, overrides or []).config
+    _finish(comm_stage(settings, ranks, show_progress=not quiet), json_file, out)
+
+
+class Mode(StrEnum):
+    """What stays the same along a curve."""
+
+    WEAK = "weak"
+    STRONG = "strong"
+
+
+@bench_app.command()
+def scaling(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Results folder: scaling.json, scaling.md. Nodes share it.")],
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    gpus: Annotated[str, typer.Option(help="Points of the curve, such as 1,2,4,8; on a CPU, ranks.")] = "1,2",
+    mode: Annotated[
+        Mode, typer.Option(help="training.global_batch is that of one GPU (weak), or of all together (strong).")
+    ] = Mode.WEAK,
+    engines: Annotated[str, typer.Option(help="Side by side: ddp and ZeRO stages.")] = "ddp,0,1,2,3",
+    packed: Packed = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every point is measured, in turns.")] = 3,
+    repeats: Annotated[int, typer.Option(min=2, help="Turns of every engine in each round.")] = 10,
+    steps_per_repeat: Annotated[int, typer.Option(min=1, help="Optimizer steps in each.")] = 1,
+    price: Price = None,
+    cluster: Annotated[str | None, typer.Option(help="Submit it as one job, with this profile.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time training on several numbers of GPUs: efficiency, ZeRO beside DDP, where the time goes, and a prediction.
+
+    Alone it starts ranks on this machine; under srun or torchrun, points take the first of the ranks that are there.
+    """
+    from hpc_ddpm.config import load_config
+    from hpc_ddpm.files import writing_to
+    from launch.scaling_stages import read_points, scaling_stage, submit_scaling
+
+    settings = load_config(config, overrides or []).config
+    points, names = read_points(gpus, engines)
+    if cluster is not None:
+        words: list[Any] = [
+            "--gpus",
+            gpus,
+            "--mode",
+            mode.value,
+            "--engines",
+            engines,
+            "--rounds",
+            rounds,
+            "--repeats",
+            repeats,
+        ]
+        words += ["--steps-per-repeat", steps_per_repeat, *(["--price", price] if price is not None else [])]
+        words += [
+            *(["--config", config] if config else []),
+            *(["--data", packed] if packed else []),
+            *(overrides or []),
+        ]
+        return submit_scaling(settings, [str(word) for word in words], out, cluster, points, mode.value)
+    with writing_to(out):
+        counts = {"rounds": rounds, "repeats": repeats, "steps": steps_per_repeat}
+        found = scaling_stage(
+            settings, packed, out, points, mode.value, names, **counts, price=price, show_progress=not quiet
+        )
+        _finish(found, out / "scaling.json", out / "scaling.md")
+
+
+@bench_app.command("all")
+def everything(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Results folder: a report of each part, report.html.")],
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    packed: Packed = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="For everything; a part may take half of what is left.")] = 30,
+    price: Price = None,
+) -> None:
+    """Train, sample, comm, data and scaling on this machine. Exit code 2 if a part fails; the rest goes on."""
+    from hpc_ddpm.config import load_config
+    from launch.bench_all import bench_all
+
+    load_config(config, overrides or [])
+    words = [*(["--config", config] if config else []), *(overrides or [])]
+    raise typer.Exit(bench_all(out, words, packed, minutes, price))
 
 
 @bench_app.command()

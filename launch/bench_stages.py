@@ -25,7 +25,7 @@ def bench_train_stage(
     from hpc_ddpm.benchmark.train import bench_train
 
     ranks = detect_ranks()
-    with process_group(ranks) as device, _workplace(config, data, work, ranks) as (folder, chosen):
+    with process_group(ranks) as device, workplace(config, data, work, ranks) as (folder, chosen):
         with progress_bar("training", show=show_progress and ranks.is_main) as update:
             row = bench_train(chosen, folder / "run", ranks, device, **options, on_repeat=_repeats(update))
         return _report("train", config, row, device, ranks)
@@ -44,7 +44,7 @@ def bench_sample_stage(
 
     keep_freed_memory()
     ranks = detect_ranks()
-    with process_group(ranks) as device, _workplace(config, data, work, ranks) as (folder, chosen):
+    with process_group(ranks) as device, workplace(config, data, work, ranks) as (folder, chosen):
         is_bf16 = resolve_precision(config.sampling.precision, device) == "bf16"
         model = Model(random_network(config), chosen, {"source": "random weights"}).eval()
         model = model.to(device, torch.bfloat16 if is_bf16 else torch.float32)
@@ -84,7 +84,7 @@ def tune_stage(config: Config, out: Path, world_size: int, memory_gib: float | N
 
 
 @contextmanager
-def _workplace(config: Config, data: Path | None, work: Path | None, ranks: Ranks) -> Iterator[tuple[Path, Config]]:
+def workplace(config: Config, data: Path | None, work: Path | None, ranks: Ranks) -> Iterator[tuple[Path, Config]]:
     """A folder that all ranks see, removed at the end, and the configuration with a packed dataset; a collective."""
     from hpc_ddpm.benchmark.data.synthetic import pack_phantoms
 

@@ -8,6 +8,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -21,6 +23,10 @@ GPU_FACTS = (
     "power.draw",
     "temperature.gpu",
 )
+
+
+RAPL = Path("/sys/class/powercap")
+"""One zone per CPU package, of Intel and AMD alike."""
 
 
 class Ceilings(TypedDict):
@@ -142,24 +148,35 @@ def exact_fp32() -> Iterator[None]:
 
 
 class Energy:
-    """Joules that a GPU drew since it was made, by NVML's counter."""
+    """Joules that a rank's device drew since this was made: its GPU by NVML's counter, or its share of the CPUs' RAPL.
 
-    def __init__(self, device: torch.device) -> None:
-        self._read = _energy_counter(device)
+    Args:
+        device: of this rank.
+        local_ranks: that share the CPUs of the node.
+    """
+
+    def __init__(self, device: torch.device, local_ranks: int = 1) -> None:
+        self._read = _gpu_joules(device) if device.type == "cuda" else partial(_cpu_joules, local_ranks)
         self._start = self._read()
 
     def joules(self) -> float | None:
-        """None where there is no counter: a CPU, an old GPU, or no `nvidia-ml-py`."""
+        """None where no counter can be read: an old GPU, no `nvidia-ml-py`, RAPL for root only, or it ran over."""
         now = self._read()
-        return None if now is None or self._start is None else (now - self._start) / 1e3
+        return None if now is None or self._start is None or now < self._start else now - self._start
 
 
-def _energy_counter(device: torch.device) -> Callable[[], float | None]:
-    if device.type == "cuda":
-        with suppress(Exception):  # whatever NVML raises: then there is no counter
-            nvml = importlib.import_module("pynvml")
-            nvml.nvmlInit()
-            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-            nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            return lambda: float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+def _gpu_joules(device: torch.device) -> Callable[[], float | None]:
+    with suppress(Exception):  # whatever NVML raises: then there is no counter
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        return lambda: float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
     return lambda: None
+
+
+def _cpu_joules(local_ranks: int, root: Path = RAPL) -> float | None:
+    with suppress(OSError, ValueError):
+        packages = [int((zone / "energy_uj").read_text()) for zone in root.glob("intel-rapl:?")]
+        return sum(packages) / 1e6 / local_ranks if packages else None
+    return None

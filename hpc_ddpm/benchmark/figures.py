@@ -106,11 +106,14 @@ def make_row(
 
 
 SHARES = {"mfu", "hfu", "of_matmul_ceiling", "of_fused_floor", "data_wait_share"}
+SHARES |= {"communication_share", "host_overhead_share"}
+DRAWN = {"samples_s", "memory_gib", "step_shares"}
+"""Columns that are pictures in the page."""
 
 
 def figures_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """A Markdown table: one line per figure, one column per run, headed by its name."""
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("samples_s", "memory_gib")]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in DRAWN]
     lines = [[key.replace("_", " "), *(_cell(key, row.get(key)) for row in rows)] for key in keys]
     return table(["figure", *names], [line for line in lines if any(line[1:])])
 

@@ -12,6 +12,8 @@ from hpc_ddpm.benchmark.compare import compare
 from hpc_ddpm.benchmark.figures import figures_table
 from hpc_ddpm.benchmark.gpu_check.run import rows_table, to_markdown
 from hpc_ddpm.benchmark.record import Report, describe
+from hpc_ddpm.benchmark.scaling.figures import draw_curves, draw_parts
+from hpc_ddpm.benchmark.tables import report_tables
 from hpc_ddpm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,10 +63,19 @@ def to_page(reports: Mapping[str, Report]) -> tuple[str, str]:
         if report["benchmark"] == "gpu-check":
             results = {row["part"]: row for row in report["rows"]}
             add(f"GPU check {name}", ("text", to_markdown(results, "")))
+        elif report["benchmark"] in ("scaling", "comm"):
+            add(
+                f"{report['benchmark'].capitalize()} {name}", *_scaling_figures(report), ("text", report_tables(report))
+            )
         elif name not in runs:
             add(name, ("table", rows_table(report["rows"])))
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Benchmark report</title><style>{STYLE}</style>'
     return head + "\n".join(html) + "\n", "\n\n".join(markdown) + "\n"
+
+
+def _scaling_figures(report: Report) -> list[tuple[str, str]]:
+    points = [row for row in report["rows"] if row.get("kind") in ("measured", "predicted")]
+    return [("svg", _svg(draw(_figure_type(), points))) for draw in (draw_curves, draw_parts) if points]
 
 
 def _comparisons(reports: Mapping[str, Report]) -> list[str]:
@@ -86,15 +97,20 @@ def _comparisons(reports: Mapping[str, Report]) -> list[str]:
 
 
 def _pictures(runs: Mapping[str, Row]) -> dict[str, str]:
+    figure = _figure_type()
+    drawn = {"Roofline": _svg(_roofline(figure, runs)), "Repeats": _svg(_repeats(figure, runs))}
+    drawn["Where the time of a volume goes"] = _svg(_breakdown(figure, runs))
+    if any(row.get("memory_gib") for row in runs.values()):
+        drawn["Memory by part, as planned, and the measured peak"] = _svg(_memory(figure, runs))
+    return drawn
+
+
+def _figure_type() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("the report's pictures need matplotlib: pip install 'hpc_ddpm[bench]'") from error
-    drawn = {"Roofline": _svg(_roofline(Figure, runs)), "Repeats": _svg(_repeats(Figure, runs))}
-    drawn["Where the time of a volume goes"] = _svg(_breakdown(Figure, runs))
-    if any(row.get("memory_gib") for row in runs.values()):
-        drawn["Memory by part, as planned, and the measured peak"] = _svg(_memory(Figure, runs))
-    return drawn
+    return Figure
 
 
 def _roofline(figure: type[Figure], runs: Mapping[str, Row]) -> Figure:
@@ -131,10 +147,15 @@ def _breakdown(figure: type[Figure], runs: Mapping[str, Row]) -> Figure:
     axes = picture.subplots()
     for name, row in runs.items():
         median = row["seconds_per_volume"]["median"]
+        if row.get("step_shares"):
+            whole = max(1.0, sum(row["step_shares"].values()))  # communication may run beside the others
+            _stack(axes, name, {part: median * share / whole for part, share in row["step_shares"].items()})
+            axes.plot(min(row["fused_floor_s"], median), name, "k|", markersize=22, markeredgewidth=2)
+            continue
         floor, waiting = min(row["fused_floor_s"], median), median * (row.get("data_wait_share") or 0)
         waiting = min(waiting, median - floor)
         _stack(axes, name, dict(zip(PARTS, (floor, waiting, median - floor - waiting), strict=True)))
-    _finish_bars(axes, "seconds per volume and GPU")
+    _finish_bars(axes, "seconds per volume and GPU; a black mark is the fused floor")
     return picture
 
 

@@ -55,10 +55,10 @@ def bench_sample(
     ceilings = measure_ceilings(device, parameter.dtype)
     team = detect_team(ranks)
     samples: list[float] = []
-    energy = Energy(device)
+    energy = Energy(device, ranks.local_world_size)
     for number in range(repeats + 1):
         if number == 1:
-            energy = Energy(device)
+            energy = Energy(device, ranks.local_world_size)
         out = work / f"set{number}"
         report = run_sampling(model, out, weights, masks, team=replace(team, run=f"{team.run}{number}"))
         reports = all_gather((report.generated, report.seconds))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import count
 
 import torch
 from torch import Tensor, nn
 
-from hpc_ddpm.config import Config
+from hpc_ddpm.config import Config, TrainingConfig
 from hpc_ddpm.data.labels import one_hot
 from hpc_ddpm.diffusion.gaussian import draw_training, training_loss
 from hpc_ddpm.diffusion.schedules import build_schedule
@@ -31,10 +32,7 @@ class PlainStep:
         self.network: nn.Module = self.module
         if backend is not None:
             self.network = torch.compile(self.module, backend=backend, dynamic=False)  # type: ignore[assignment]
-        self.weights = list(self.module.parameters())
-        self.masters = [weight.detach().float().clone().requires_grad_() for weight in self.weights]
-        updated = self.weights if precision == "fp32" else self.masters
-        self.optimizer = torch.optim.Adam(updated, lr=config.training.learning_rate, fused=True)
+        self.optimizer = MasterAdam(self.module.parameters(), config.training, precision)
         self.schedule = build_schedule(config.diffusion).to(device)
         self.batch = synthetic_batch(config, device, config.training.micro_batch)
         self._count = count()
@@ -43,13 +41,7 @@ class PlainStep:
         """The loss before the step, detached."""
         loss = self.loss()
         loss.backward()
-        if self.optimizer.param_groups[0]["params"][0] is self.masters[0]:
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                master.grad = None if weight.grad is None else weight.grad.float()
-            self.optimizer.step()
-            torch._foreach_copy_([weight.detach() for weight in self.weights], [m.detach() for m in self.masters])
-        else:
-            self.optimizer.step()
+        self.optimizer.step()
         self.module.zero_grad()
         return loss.detach()
 
@@ -61,6 +53,33 @@ class PlainStep:
         draw = draw_training(config.seed, samples, x_start.shape[1:], config.diffusion, self.device)
         off_value = config.data.labels.off_value
         return training_loss(self.network, x_start, condition, draw, self.schedule, config.diffusion, off_value).mean()
+
+
+class MasterAdam:
+    """Adam (or AdamW) on fp32 masters of the weights, in plain PyTorch; in fp32 the weights are their own masters."""
+
+    def __init__(self, weights: Iterable[nn.Parameter], training: TrainingConfig, precision: str) -> None:
+        self.weights, self.clip = list(weights), training.gradient_clip
+        self.masters: list[Tensor] = [*self.weights]
+        if precision != "fp32":
+            self.masters = [weight.detach().float().clone().requires_grad_() for weight in self.weights]
+        kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
+        settings = {"lr": training.learning_rate, "betas": training.betas, "weight_decay": training.weight_decay}
+        self.adam = kind(self.masters, fused=True, **settings)  # type: ignore[arg-type]
+        self.norm = torch.tensor(torch.nan)
+        """Of the last step's gradients, where they are clipped."""
+
+    def step(self) -> None:
+        """One step with the weights' gradients, which stay."""
+        has_copies = self.masters[0] is not self.weights[0]
+        if has_copies:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+        if self.clip:
+            self.norm = nn.utils.clip_grad_norm_(self.masters, self.clip)
+        self.adam.step()
+        if has_copies:
+            torch._foreach_copy_([weight.detach() for weight in self.weights], [m.detach() for m in self.masters])
 
 
 def random_network(config: Config) -> nn.Module:

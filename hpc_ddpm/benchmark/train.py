@@ -17,9 +17,13 @@ from hpc_ddpm.model.gpus import peak_flops
 from hpc_ddpm.model.planner import DTYPES, GIB, Planner
 from hpc_ddpm.training.loop import train
 from hpc_ddpm.training.memory import CHOICE_FILE
+from hpc_ddpm.training.profiling import FOLDER as PROFILE
+from hpc_ddpm.training.profiling import WHERE_FILE
 
 LEAST_WARM_UP = {"cuda": 20, "cpu": 2}
 """Steps that never count."""
+PROFILED = 2
+"""Steps after those that count, which tell where the time goes: a profiler slows them."""
 
 
 def bench_train(
@@ -55,23 +59,26 @@ def bench_train(
     warm_up = -(-LEAST_WARM_UP[device.type] // steps_per_repeat)
     total = warm_up + repeats
     changes = {
-        "num_steps": total * steps_per_repeat,
+        "num_steps": total * steps_per_repeat + PROFILED,
+        "profile_steps": (total * steps_per_repeat + 1, total * steps_per_repeat + PROFILED),
         "log_every_steps": steps_per_repeat,
+        "validate_every_steps": 0,
+        "preview_every_steps": 0,
         "checkpoint_every_steps": (warm_up + repeats // 2) * steps_per_repeat,
         "keep_checkpoints": 1,
     }
     config = config.model_copy(update={"training": config.training.model_copy(update=changes)})
     ceilings = measure_ceilings(device, DTYPES[precision])
     logs: list[Mapping[str, float]] = []
-    energy, joules = Energy(device), None
+    energy, joules = Energy(device, ranks.local_world_size), None
 
     def on_log(step: int, values: Mapping[str, float]) -> None:
         nonlocal energy, joules
-        if "step_time_s" not in values:
+        if "step_time_s" not in values or len(logs) == total:
             return
         logs.append(values)
         if len(logs) == warm_up:
-            energy = Energy(device)
+            energy = Energy(device, ranks.local_world_size)
         joules = energy.joules()  # before the last checkpoint is written
         on_repeat(len(logs), total)
 
@@ -81,6 +88,8 @@ def bench_train(
     policy = _policy(config, run_dir)
     counted, excluded = choose_counted(logs, warm_up)
     per_rank = config.training.global_batch / ranks.world_size
+    where = json.loads((run_dir / PROFILE / WHERE_FILE).read_text(encoding="utf-8"))
+    shares = {part: seconds / where["wall_s"] for part, seconds in where["parts_s"].items()}
     plan = Planner(config, ranks.world_size, precision, device.type).plan(policy, config.training.micro_batch)
     return make_row(
         "train",
@@ -99,6 +108,9 @@ def bench_train(
         micro_batch=config.training.micro_batch,
         global_batch=config.training.global_batch,
         data_wait_share=sum(values["data_wait_share"] for values in counted) / len(counted),
+        communication_share=shares["communication"],
+        host_overhead_share=shares["other"],
+        step_shares=shares,
         checkpoint_stall_s=sum(values["checkpoint_stall_s"] for values in logs),
         peak_memory_gib=logs[-1]["memory_gib"],
         peak_reserved_gib=torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None,

@@ -142,13 +142,9 @@ def _train_from(
         feed = Feed(config, dataset, start, count_rollbacks(run_dir, ranks), ranks, device, stop)
         meter = Meter(training.global_batch, ranks, device)
         while step < training.num_steps and not stopped_by:
-            rate = learning_rate(training, step)
             with profiler.step(step - start + 1):
-                loss = _one_step(engine, feed, config, schedule, step, rate, meter, fault)
-            if engine.has_stepped and (step + 1) % training.ema_every_steps == 0:
-                engine.ema.update()
+                advance(engine, feed, config, schedule, step, meter, fault)
             step += 1
-            meter.add(step, loss)
             stopped_by = stop.agreed(device)
             saver.poll()
             try:
@@ -162,7 +158,7 @@ def _train_from(
             is_save = is_last or (step % training.checkpoint_every_steps == 0 and not guard.bad_in_a_row)
             if is_save or seen or step % training.log_every_steps == 0:  # no step of a checkpoint is missing in the log
                 extra = seen | {
-                    "learning_rate": rate,
+                    "learning_rate": learning_rate(training, step - 1),
                     "gradient_norm": engine.gradient_norm(),
                     "skipped_steps": guard.take_skipped(),
                     "checkpoint_stall_s": saver.take_stall_s(),
@@ -182,11 +178,17 @@ def _train_from(
     return step, stopped_by
 
 
-def _one_step(
-    engine: Engine, feed: Feed, config: Config, schedule: Schedule, step: int, rate: float, meter: Meter, fault: Fault
-) -> torch.Tensor:
-    """One optimizer step; the detached mean loss of this rank."""
-    losses = []
+def advance(
+    engine: Engine,
+    feed: Feed,
+    config: Config,
+    schedule: Schedule,
+    step: int,
+    meter: Meter,
+    fault: Fault | None = None,
+) -> None:
+    """Optimizer step `step`, counted from 0: micro steps, averages, and this rank's mean loss into the meter."""
+    losses, rate = [], learning_rate(config.training, step)
     off_value = config.data.labels.off_value
     for micro_step in range(feed.accumulation):
         with record_function(DATA):
@@ -196,12 +198,16 @@ def _one_step(
         losses_of_samples = training_loss(
             engine.deepspeed, x_start, condition, draw, schedule, config.diffusion, off_value, covariates
         )
-        loss = fault.harm(losses_of_samples.mean(), step + 1)
+        loss = losses_of_samples.mean()
+        if fault is not None:
+            loss = fault.harm(loss, step + 1)
         engine.backward(loss)
         with record_function(OPTIMIZER):
             engine.step(rate)
         losses.append(loss.detach())
-    return torch.stack(losses).mean()
+    if engine.has_stepped and (step + 1) % config.training.ema_every_steps == 0:
+        engine.ema.update()
+    meter.add(step + 1, torch.stack(losses).mean())
 
 
 def _look(

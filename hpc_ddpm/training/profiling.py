@@ -3,6 +3,7 @@
     RUN/profile/trace.json.gz       for https://ui.perfetto.dev or chrome://tracing
     RUN/profile/memory.pickle       CUDA: for https://pytorch.org/memory_viz
     RUN/profile/where.txt           the table
+    RUN/profile/where.json          its numbers
 
 While it runs, hooks mark what each module does forward; what that does backward is found by autograd's sequence number.
 """
@@ -18,12 +19,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from hpc_ddpm.files import atomic_path, write_text
+from hpc_ddpm.files import atomic_path, write_json, write_text
 from hpc_ddpm.model.attention import AttentionBlock
 from hpc_ddpm.model.blocks import Conv3d, Downsample, Upsample
 from hpc_ddpm.model.norm import GroupNormSiLU
 
 FOLDER = "profile"
+WHERE_FILE = "where.json"
 PREFIX = "hpc_ddpm::"
 STEP, DATA, OPTIMIZER = f"{PREFIX}step", f"{PREFIX}data", f"{PREFIX}optimizer"
 MODULES = {
@@ -78,6 +80,8 @@ class Profiler:
             torch.cuda.memory._record_memory_history(enabled=None)
         self._profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
         num_steps, wall_s, seconds = where_time_goes(self._profile.events(), is_cuda=self.device.type == "cuda")
+        facts = {"steps": num_steps, "wall_s": wall_s, "parts_s": seconds}
+        write_json(self.folder / WHERE_FILE, facts, indent=2)
         write_text(self.folder / "where.txt", table(num_steps, wall_s, seconds, self.device.type))
         self._profile = None
 

@@ -96,6 +96,9 @@ def test_the_training_loop(cli: Run, tmp_path: Path) -> None:
     assert 3 <= len(row["samples_s"]) + row["warm_up_excluded"] - 2 <= 6
     assert row["volumes_per_s_per_gpu"] == pytest.approx(1 / row["seconds_per_volume"]["median"])
     assert 0 <= row["data_wait_share"] < 1
+    assert 0 <= row["host_overhead_share"] < 1
+    assert 0 <= row["communication_share"] < sum(row["step_shares"].values())
+    assert row["step_shares"]["conv"] > 0
     assert row["checkpoint_stall_s"] > 0
     assert 0 < row["peak_memory_gib"] < 10
     assert row["cost_per_1000_volumes"] > 0

@@ -75,7 +75,7 @@ def test_plain_steps_follow_the_gradient() -> None:
             step._count = count()  # the same samples again
             losses.append(float(step()))
         assert losses[-1] < 0.99 * losses[0]
-        assert step.masters[0].dtype == torch.float32
+        assert step.optimizer.masters[0].dtype == torch.float32
 
 
 def test_the_peak_is_the_data_sheets() -> None:

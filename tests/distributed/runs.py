@@ -26,17 +26,17 @@ def allow_fp16_on_cpu() -> None:
     engine.import_deepspeed(torch.device("cpu")).accelerator.get_accelerator().is_fp16_supported = lambda: True
 
 
-TRAINING_LOSS, ONE_STEP = loop.training_loss, loop._one_step
+TRAINING_LOSS, ADVANCE = loop.training_loss, loop.advance
 
 
 def spoil(harm: dict[str, Any], rank: int) -> None:
     """From now on, the steps of `harm` have a loss, or only gradients, that are not finite."""
     executed = 0
 
-    def one_step(*arguments: Any) -> torch.Tensor:
+    def advance(*arguments: Any) -> None:
         nonlocal executed
         executed += 1
-        return ONE_STEP(*arguments)
+        ADVANCE(*arguments)
 
     def training_loss(*arguments: Any) -> torch.Tensor:
         loss = TRAINING_LOSS(*arguments)
@@ -47,7 +47,7 @@ def spoil(harm: dict[str, Any], rank: int) -> None:
         loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
 
-    loop.training_loss, loop._one_step = training_loss, one_step
+    loop.training_loss, loop.advance = training_loss, advance
 
 
 if __name__ == "__main__":

@@ -37,14 +37,12 @@ def test_train_template_where_the_site_sends_the_jobs_own_signal(
 
 
 def test_scaling_template(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
-    resources = ["--nodes=2", "--cpus-per-task=1", "--export=ALL,STEPS=3"]
-    words = [tmp_path / "out", "--data", tiny_packed, *TINY]
+    words = [tmp_path / "out", "--data", tiny_packed, "--engines", "1", "--rounds", "1", "--repeats", "2", *TINY]
+    resources = ["--nodes=2", "--cpus-per-task=1"]
     job = cluster.sbatch(*resources, TEMPLATES / "bench_scaling.sbatch", *words, cwd=tmp_path)
     cluster.wait(job, tmp_path)
-    rows = [line.split("\t") for line in (tmp_path / "out" / "scaling.tsv").read_text().splitlines()]
-    assert [row[0] for row in rows] == ["gpus", "1", "2"]
-    assert float(rows[1][2]) == 1
-    assert float(rows[2][2]) > 0
+    rows = json.loads((tmp_path / "out" / "scaling.json").read_text())["rows"]
+    assert [(row["gpus"], row["nodes"]) for row in rows if row["kind"] == "measured"] == [(1, 1), (2, 2)]
 
 
 # --------------------------------------------------------------------------------------------------------- pack

@@ -1,6 +1,7 @@
 """`hpc-ddpm submit` and `jobs` on the cluster: preemption, lost ranks and tasks, and what SLURM refuses."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,26 @@ def test_a_benchmark_as_a_job(cluster: Cluster, tiny_packed: Path, tmp_path: Pat
     (row,) = json.loads((tmp_path / "train.json").read_text())["rows"]
     assert row["world_size"] == 2
     assert "volumes/s" in (tmp_path / "train.md").read_text()
+
+
+def test_a_scaling_curve(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    """Points of 1, 2 and 4 ranks in one job of two nodes."""
+    out = tmp_path / "out"
+    words = ["--gpus", "1,2,4", "--engines", "ddp,1", "--rounds", "1", "--repeats", "2", "--data", tiny_packed, *TINY]
+    said = cluster.run("hpc-ddpm", "bench", "scaling", *PROFILE, "--out", out, *words)
+    assert "2 nodes x 2 GPUs" in said
+    assert cluster.attempt("hpc-ddpm", "jobs", "wait", out).returncode == 0, cluster.run(
+        "hpc-ddpm", "jobs", "logs", out
+    )
+    report = json.loads((out / "scaling.json").read_text())
+    rows = {(row["contestant"], row["gpus"]): row for row in report["rows"] if row["kind"] != "collective"}
+    assert {key for key, row in rows.items() if row["kind"] == "measured"} == {
+        (name, count) for name in ("ddp", "zero1") for count in (1, 2, 4)
+    }
+    assert rows["zero1", 4]["efficiency_of_node"]["median"] > 0
+    assert rows["ddp", 8]["kind"] == "predicted"
+    assert "held_out_error" in rows["zero1", 4]
+    assert any(note.startswith("OVERSUBSCRIBED") for note in report["settings"]["notes"]) == ((os.cpu_count() or 1) < 4)
 
 
 def test_longer_arrays_than_the_cluster_has(cluster: Cluster, alone: Path, tmp_path: Path) -> None:

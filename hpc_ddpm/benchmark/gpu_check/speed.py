@@ -205,7 +205,7 @@ def _memory_of(step: PlainStep, device: torch.device, predicted: int) -> Row:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step.loss().backward()
-    gradients = sum(weight.nbytes for weight in step.weights)
+    gradients = sum(weight.nbytes for weight in step.optimizer.weights)
     activations = torch.cuda.max_memory_allocated(device) - before - gradients
     torch.cuda.reset_peak_memory_stats(device)
     return {
