@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hpc_ddpm.errors import ConfigError
 from launch.options import ConfigOption, Overrides, Quiet
+
+if TYPE_CHECKING:
+    from hpc_ddpm.benchmark.compare import Comparison
 
 bench_app = typer.Typer(help="Measure speed, beside what else one might use.", no_args_is_help=True)
 
@@ -62,6 +65,7 @@ Work = Annotated[
 ]
 Price = Annotated[float | None, typer.Option(min=0, help="Of a GPU-hour, in any currency.")]
 Samples = Annotated[int, typer.Option(min=2, help="Repeats that count.")]
+LocalRanks = Annotated[int, typer.Option(min=1, help="Of every run, started on this node.")]
 
 
 @bench_app.command()
@@ -227,24 +231,73 @@ def tune(
     out: Annotated[Path, typer.Option("--out", "-o", help="YAML with the best settings, for `train --config`.")],
     config: ConfigOption = None,
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option(min=1, help="That the settings are for; one is measured here.")] = 1,
-    memory: Annotated[float | None, typer.Option(min=0, help="GiB to stay within; by default what is free.")] = None,
+    packed: Packed = None,
+    ranks: LocalRanks = 1,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GiB of one rank to stay within; by default what is free.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to search; may be repeated. channels_last, compile, micro_batch, activation_checkpointing, "
+            "zero_stage, num_workers; by default all."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=2, help="Optimizer steps of each trial that count.")] = 5,
     quiet: Quiet = False,
 ) -> None:
-    """Find the fastest activation checkpointing, layout and micro batch that fit into this device's memory."""
+    """Find the fastest settings that fit: layout, compile, micro batch, checkpointing, ZeRO stage, readers."""
     from hpc_ddpm.config import load_config
     from launch.bench_stages import tune_stage
 
+    def tell(line: str) -> None:
+        if not quiet:
+            typer.echo(line, err=True)
+
     settings = load_config(config, overrides or []).config
-    typer.echo(tune_stage(settings, out, ranks, memory, show_progress=not quiet))
+    typer.echo(tune_stage(settings, packed, out, ranks, memory, only or (), repeats, tell))
+
+
+FailIfSlower = Annotated[
+    str | None, typer.Option(help="Exit code 2 if B is significantly slower by more than this, such as 5%.")
+]
+
+
+@bench_app.command()
+def ab(
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    against: Annotated[str | None, typer.Option(help="A is the code of this git commit, branch or tag.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of B alone; may be repeated.")
+    ] = None,
+    what: Annotated[str, typer.Option(help="train or sample.")] = "train",
+    packed: Packed = None,
+    ranks: LocalRanks = 1,
+    pairs: Annotated[int, typer.Option(min=6, help="Runs of each; 6 are the fewest that can tell.")] = 6,
+    repeats: Samples = 10,
+    fail_if_slower: FailIfSlower = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the reports.")] = Path("bench-ab"),
+    quiet: Quiet = False,
+) -> None:
+    """Is B slower than A? Measured in turns on this machine: this code against another commit, or other settings."""
+    from launch.bench_stages import ab_stage
+
+    limit = None if fail_if_slower is None else _share(fail_if_slower)
+    if not against and not settings:
+        raise ConfigError("A and B are the same: give --against COMMIT, or --set SECTION.KEY=VALUE")
+    if what not in ("train", "sample"):
+        raise ConfigError(f"--what {what}: train or sample is expected")
+    arguments = [*(overrides or []), "--repeats", str(repeats)]
+    arguments += ["--config", config] if config else []
+    arguments += ["--data", str(packed)] if packed else []
+    _judge(ab_stage(what, arguments, settings or [], against, ranks, pairs, out, show_progress=not quiet), limit)
 
 
 @bench_app.command()
 def compare(
     files: Annotated[list[Path], typer.Argument(metavar="A B [A B]...", help="Reports, A and B in turn.")],
-    fail_if_slower: Annotated[
-        str | None, typer.Option(help="Exit code 2 if B is significantly slower by more than this, such as 5%.")
-    ] = None,
+    fail_if_slower: FailIfSlower = None,
 ) -> None:
     """Is B slower than A? One pair is compared by its repeats, six or more pairs measured in turns pair by pair."""
     from hpc_ddpm.benchmark.compare import compare as compare_reports
@@ -254,7 +307,11 @@ def compare(
     if len(files) % 2:
         raise ConfigError(f"{len(files)} reports found, pairs expected: give A B, or A1 B1 A2 B2 ...")
     reports = [read_report(file) for file in files]
-    found = compare_reports(list(zip(reports[::2], reports[1::2], strict=True)))
+    _judge(compare_reports(list(zip(reports[::2], reports[1::2], strict=True))), limit)
+
+
+def _judge(found: Comparison, limit: float | None) -> None:
+    """Say what was found, and exit."""
     typer.echo(f"{found.sentence()}\nmethod: {found.method}")
     for key, (first, second) in found.differing.items():
         typer.echo(f"A and B differ: {key} {first} -> {second}")

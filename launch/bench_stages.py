@@ -1,18 +1,23 @@
-"""`hpc-ddpm bench train|sample|tune` as one rank runs it: join the others, make the data, call the library, report."""
+"""`hpc-ddpm bench train|sample|tune|ab`: join the other ranks or start trials, make the data, measure, report."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hpc_ddpm.config import Config
 from hpc_ddpm.distributed import Ranks, broadcast_object, detect_ranks, keep_freed_memory, process_group
+from hpc_ddpm.errors import ConfigError
 from launch.progress import progress_bar
+
+if TYPE_CHECKING:
+    from hpc_ddpm.benchmark.compare import Comparison
+    from hpc_ddpm.benchmark.record import Report
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 """Before torch is loaded: ranks that share cores must not spin while they wait."""
@@ -55,32 +60,94 @@ def bench_sample_stage(
         return _report("sample", config, row, device, ranks)
 
 
-def tune_stage(config: Config, out: Path, world_size: int, memory_gib: float | None, show_progress: bool) -> str:
-    """`hpc-ddpm bench tune`; writes the whole configuration with the best settings, and returns the table."""
-    import torch
+def tune_stage(
+    config: Config,
+    data: Path | None,
+    out: Path,
+    ranks: int,
+    memory_gib: float | None,
+    only: Sequence[str],
+    repeats: int,
+    tell: Callable[[str], None],
+) -> str:
+    """`hpc-ddpm bench tune`; writes the whole configuration with the best settings, and returns the table.
+
+    Every trial is `bench train` on `ranks` local ranks, in processes of its own.
+    """
     import yaml
 
+    from hpc_ddpm.benchmark.data.synthetic import pack_phantoms
     from hpc_ddpm.benchmark.gpu_check.run import rows_table
-    from hpc_ddpm.benchmark.tune import tune
+    from hpc_ddpm.benchmark.tune import Candidate, search_space, tune
     from hpc_ddpm.distributed import local_device, resolve_precision
     from hpc_ddpm.files import write_text
-    from hpc_ddpm.host import free_memory
-    from hpc_ddpm.model.planner import GIB
+    from hpc_ddpm.model.planner import GIB, Planner
+    from launch.trials import Trial, run_trial
 
     device = local_device(Ranks())
     precision = resolve_precision(config.training.precision, device, config.training_depths)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    budget = free if memory_gib is None else int(memory_gib * GIB)
-    with progress_bar("tuning", show=show_progress) as update:
-        best, rows = tune(config, device, precision, world_size, budget, on_candidate=_repeats(update))
+    budget = _free_for_one(device, ranks) if memory_gib is None else int(memory_gib * GIB)
+    space = search_space(config, ranks, len(os.sched_getaffinity(0)) // ranks, is_gpu=device.type == "cuda")
+    unknown = sorted(set(only) - set(space))
+    if unknown:
+        raise ConfigError(f"--only {', '.join(unknown)}: choose among {', '.join(space)}")
+    space = {key: values for key, values in space.items() if not only or key in only}
+    with tempfile.TemporaryDirectory(prefix="hpc_ddpm-tune-") as temporary:
+        folder = Path(temporary)
+        given, packed = folder / "given.yaml", data or Path(config.data.path or folder / "packed")
+        if packed == folder / "packed":
+            pack_phantoms(config.data, folder)
+        write_text(given, yaml.safe_dump(config.dump(), sort_keys=False))
+        arguments = ("--config", str(given), "--data", str(packed), "--repeats", str(repeats))
+
+        def measure(candidate: Candidate) -> dict[str, Any]:
+            trial = Trial("train", (*arguments, *candidate.overrides()), ranks)
+            result = run_trial(trial, folder / "trial.json", device.type)
+            if "error" in result:
+                tell(f"{' '.join(candidate.overrides())}: {result['error']}")
+                return result
+            (row,) = result["rows"]
+            tell(f"{' '.join(candidate.overrides())}: {row['seconds_per_volume']['median']:.4g} s per volume")
+            return {"samples_s": row["samples_s"], "peak_gib": row["peak_memory_gib"]}
+
+        best, rows = tune(config, Planner(config, ranks, precision, device.type), ranks, space, budget, measure)
     tree = config.dump()
     for section, values in best.settings().items():
         tree[section] |= values
     write_text(out, yaml.safe_dump(tree, sort_keys=False))
-    chosen = " ".join(
-        f"{section}.{key}={value}" for section, kv in best.settings().items() for key, value in kv.items()
-    )
-    return f"{rows_table(rows)}\n\nfastest: {chosen}\n{out}"
+    return f"{rows_table(rows)}\n\nfastest: {' '.join(best.overrides())}\n{out}"
+
+
+def _free_for_one(device: Any, ranks: int) -> int:
+    """Bytes for each rank: its GPU's, or its share of the host's."""
+    import torch
+
+    from hpc_ddpm.host import free_memory
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // ranks
+
+
+def ab_stage(
+    what: str,
+    arguments: Sequence[str],
+    settings: Sequence[str],
+    against: str | None,
+    ranks: int,
+    pairs: int,
+    out: Path,
+    show_progress: bool,
+) -> Comparison:
+    """`hpc-ddpm bench ab`: A is the code of `against` or this one, B is this code with `settings`."""
+    from hpc_ddpm.benchmark.compare import compare
+    from hpc_ddpm.distributed import local_device
+    from launch.trials import Trial, checkout, run_pairs
+
+    out.mkdir(parents=True, exist_ok=True)
+    with checkout(against) as code, progress_bar("measuring in turns", show=show_progress) as update:
+        a = Trial(what, tuple(arguments), ranks, code)
+        b = Trial(what, (*arguments, *settings), ranks)
+        found = run_pairs(a, b, pairs, out, local_device(Ranks()).type, _repeats(update))
+    return compare([(cast("Report", first), cast("Report", second)) for first, second in found])
 
 
 @contextmanager

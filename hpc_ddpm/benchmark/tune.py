@@ -1,135 +1,194 @@
-"""The fastest settings of a training step on this device, among those that fit into its memory."""
+"""The fastest settings of training among those that fit into the memory, found one dimension after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import product
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
-from hpc_ddpm.benchmark.device import time_calls
-from hpc_ddpm.benchmark.gpu_check.setup import attempt
-from hpc_ddpm.benchmark.step import PlainStep
 from hpc_ddpm.benchmark.timing import spread
 from hpc_ddpm.config import Config
 from hpc_ddpm.errors import ConfigError
-from hpc_ddpm.model.planner import GIB, POLICIES, USABLE, Planner
+from hpc_ddpm.model.planner import GIB, POLICIES, USABLE, MemoryPlan, Planner, plan_states
 
 FINALISTS = 3
 """Candidates that are measured again, in turns: the first look may have been unlucky."""
-ROUNDS = 3
-Measure = Callable[[Config], list[float]]
-"""Seconds of each of some steps of a configuration."""
+ROUNDS = 2
+CLOSE = 1.1
+"""Times as slow as the fastest, that a finalist may be."""
+WORSE = 1.05
+"""Times as slow as the fastest so far: further along a dimension it will not get better."""
+WORKERS = (0, 1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """What is searched."""
 
+    zero_stage: int
     activation_checkpointing: str
-    channels_last: bool
     micro_batch: int
-
-    def apply(self, config: Config) -> Config:
-        """The configuration with these settings, one micro step per optimizer step."""
-        model = {"activation_checkpointing": self.activation_checkpointing, "channels_last": self.channels_last}
-        training = {"micro_batch": self.micro_batch, "global_batch": self.micro_batch}
-        return config.model_copy(
-            update={
-                "model": config.model.model_copy(update=model),
-                "training": config.training.model_copy(update=training),
-            }
-        )
+    channels_last: bool
+    compile: bool
+    num_workers: int
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """As a configuration file has them."""
         return {
             "model": {"activation_checkpointing": self.activation_checkpointing, "channels_last": self.channels_last},
-            "training": {"micro_batch": self.micro_batch},
+            "training": {"zero_stage": self.zero_stage, "micro_batch": self.micro_batch, "compile": self.compile},
+            "data": {"num_workers": self.num_workers},
         }
+
+    def overrides(self) -> list[str]:
+        """As a command line has them."""
+        sections = self.settings().items()
+        return [f"{section}.{key}={value}" for section, values in sections for key, value in values.items()]
+
+
+Measure = Callable[[Candidate], dict[str, Any]]
+"""`samples_s`, the seconds per volume of each repeat, or `error`; and more columns."""
+Space = dict[str, Sequence[Any]]
+"""Values of each dimension, from the one to begin with; in the order in which they are searched."""
+
+
+def search_space(config: Config, world_size: int, cores: int, *, is_gpu: bool) -> Space:
+    """All that a configuration allows on so many ranks.
+
+    Args:
+        config: complete.
+        world_size: ranks of a trial.
+        cores: for each rank.
+        is_gpu: whether torch.compile is worth a look.
+    """
+    training = config.training
+    share = max(1, training.global_batch // world_size)
+    is_sharded_only = training.offload_optimizer != "none" or training.precision == "fp16"
+    stages = [3] if training.offload_parameters != "none" else [1, 2, 3] if is_sharded_only else [0, 1, 2, 3]
+    return {
+        "num_workers": [count for count in WORKERS if count <= max(1, cores)],
+        "channels_last": (False, True),
+        "compile": (False, True) if is_gpu else (False,),
+        "micro_batch": [size for size in range(1, share + 1) if share % size == 0],
+        "activation_checkpointing": POLICIES,
+        "zero_stage": stages if world_size > 1 else [training.zero_stage],
+    }
 
 
 def tune(
-    config: Config,
-    device: torch.device,
-    precision: str,
-    world_size: int,
-    budget: int,
-    *,
-    measure: Measure | None = None,
-    on_candidate: Callable[[int, int], None] = lambda done, total: None,
+    config: Config, planner: Planner, world_size: int, space: Space, budget: int, measure: Measure
 ) -> tuple[Candidate, list[dict[str, Any]]]:
-    """Measure every checkpointing policy, layout and micro batch that fits, and the best of them again in turns.
+    """Search one dimension after the other from the configured settings, until a round finds nothing faster.
+
+    A larger micro batch is tried with the checkpointing that recomputes least and fits. Along a dimension the search
+    ends where it gets slower. The fastest are measured again in turns.
 
     Args:
-        config: complete; micro batches are divisors of each rank's share of its global batch.
-        device: to measure on; one rank is measured.
-        precision: bf16, fp16 or fp32.
-        world_size: ranks that the settings are for.
-        budget: bytes of memory; what the planner predicts to need more than its usable share is not tried.
-        measure: None takes plain training steps on the device.
-        on_candidate: called with (candidates done, all).
+        config: complete.
+        planner: of it; what it predicts to need more than the usable share of the memory is not tried.
+        world_size: ranks of a trial.
+        space: from `search_space`, or a part of it.
+        budget: bytes of memory of one rank.
+        measure: runs a trial.
 
     Returns:
-        The fastest, and a row for each candidate, with `error` where it did not fit or failed.
+        The fastest, and a row for each candidate that was looked at, with `error` where it did not fit or failed.
 
     Raises:
-        ConfigError: nothing fits.
+        ConfigError: nothing runs.
     """
-    measure = measure or _steps(device, precision)
-    planner = Planner(config, world_size, precision, device.type)
-    share = max(1, config.training.global_batch // world_size)
-    batches = [size for size in range(1, share + 1) if share % size == 0]
-    everyone = [Candidate(*each) for each in product(POLICIES, (False, True), batches)]
-    rows: dict[Candidate, dict[str, Any]] = {}
-    for number, candidate in enumerate(everyone):
-        rows[candidate] = _look(candidate, config, planner, budget, measure)
-        on_candidate(number + 1, len(everyone))
-    measured = sorted((each for each in everyone if "samples_s" in rows[each]), key=lambda each: _median(rows[each]))
-    if not measured:
-        reasons = sorted({row["error"] for row in rows.values()})
-        raise ConfigError(f"none of {len(everyone)} settings runs on this device: {'; '.join(reasons[:3])}")
-    for _, candidate in product(range(ROUNDS), measured[:FINALISTS]):
-        again = _measured(candidate, config, measure)
-        rows[candidate]["samples_s"] += again.get("samples_s", [])
-    best = min(measured[:FINALISTS], key=lambda each: _median(rows[each]))
-    return best, list(_finished(rows.values()))
+    trials = _Trials(config, planner, world_size, budget, measure)
+    best = _start(config, space)
+    before = None
+    while best != before:
+        before = best
+        for dimension in space:
+            best = _along(dimension, space, best, trials)
+    if math.isinf(trials.cost(best)):
+        reasons = sorted({row["error"] for row in trials.rows.values()})
+        raise ConfigError(f"none of {len(trials.rows)} settings runs on this device: {'; '.join(reasons[:3])}")
+    return trials.final(), [_finished(row) for row in trials.rows.values()]
 
 
-def _look(candidate: Candidate, config: Config, planner: Planner, budget: int, measure: Measure) -> dict[str, Any]:
-    plan = planner.plan(candidate.activation_checkpointing, candidate.micro_batch)
-    facts = {**candidate.__dict__, "predicted_gib": plan.total / GIB}
-    if plan.total > USABLE * budget:
-        return facts | {"error": f"needs more than {USABLE:.0%} of {budget / GIB:.2f} GiB"}
-    if candidate.micro_batch > planner.index_limit(candidate.activation_checkpointing):
-        return facts | {"error": "a tensor has too many elements for 32-bit indices"}
-    return facts | _measured(candidate, config, measure)
+def _start(config: Config, space: Space) -> Candidate:
+    """The configured settings, where the space has them."""
+    training, model = config.training, config.model
+    configured = {
+        "zero_stage": training.zero_stage,
+        "activation_checkpointing": model.activation_checkpointing.replace("auto", POLICIES[0]),
+        "micro_batch": training.micro_batch,
+        "channels_last": model.channels_last,
+        "compile": training.compile,
+        "num_workers": config.data.num_workers,
+    }
+    known = {key: value if value in space.get(key, [value]) else space[key][0] for key, value in configured.items()}
+    return Candidate(**known)
 
 
-def _measured(candidate: Candidate, config: Config, measure: Measure) -> dict[str, Any]:
-    """`samples_s`, seconds per volume; or `error`."""
-
-    def per_volume() -> dict[str, Any]:
-        return {"samples_s": [seconds / candidate.micro_batch for seconds in measure(candidate.apply(config))]}
-
-    return attempt({}, per_volume)
-
-
-def _steps(device: torch.device, precision: str) -> Measure:
-    def measure(config: Config) -> list[float]:
-        return time_calls(PlainStep(config, device, precision), device, budget_s=1.0, least=3, most=20)
-
-    return measure
-
-
-def _median(row: dict[str, Any]) -> float:
-    return spread(row["samples_s"])["median"]
+def _along(dimension: str, space: Space, best: Candidate, trials: _Trials) -> Candidate:
+    values = list(space[dimension])
+    for value in values:
+        candidate = replace(best, **{dimension: value})
+        if dimension == "micro_batch":
+            candidate = _least_recomputing(candidate, space, trials)
+        cost = trials.cost(candidate)
+        if cost < trials.cost(best):
+            best = candidate
+        is_further = values.index(value) > values.index(getattr(best, dimension))
+        if is_further and WORSE * trials.cost(best) < cost < math.inf:
+            break
+    return best
 
 
-def _finished(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _least_recomputing(candidate: Candidate, space: Space, trials: _Trials) -> Candidate:
+    """With the first checkpointing policy that runs; as it is where none does."""
+    policies = space.get("activation_checkpointing", [candidate.activation_checkpointing])
+    tried = (replace(candidate, activation_checkpointing=policy) for policy in policies)
+    return next((each for each in tried if math.isfinite(trials.cost(each))), candidate)
+
+
+class _Trials:
+    """Each candidate is planned, and measured if it fits, once."""
+
+    def __init__(self, config: Config, planner: Planner, world_size: int, budget: int, measure: Measure) -> None:
+        self.config, self.planner, self.world_size = config, planner, world_size
+        self.budget, self.measure = budget, measure
+        self.rows: dict[Candidate, dict[str, Any]] = {}
+
+    def cost(self, candidate: Candidate) -> float:
+        """Median seconds per volume; infinite where it does not run."""
+        if candidate not in self.rows:
+            self.rows[candidate] = self._look(candidate)
+        row = self.rows[candidate]
+        return spread(row["samples_s"])["median"] if "samples_s" in row else math.inf
+
+    def final(self) -> Candidate:
+        """The fastest of the best, after more repeats."""
+        ranked = sorted((each for each in self.rows if math.isfinite(self.cost(each))), key=self.cost)
+        finalists = [each for each in ranked[:FINALISTS] if self.cost(each) <= CLOSE * self.cost(ranked[0])]
+        for candidate in finalists * (ROUNDS if len(finalists) > 1 else 0):
+            self.rows[candidate]["samples_s"] += self.measure(candidate).get("samples_s", [])
+        return min(finalists, key=self.cost)
+
+    def _look(self, candidate: Candidate) -> dict[str, Any]:
+        plan, policy = self._plan(candidate), candidate.activation_checkpointing
+        facts = {**asdict(candidate), "predicted_gib": plan.total / GIB}
+        if plan.total > USABLE * self.budget:
+            return facts | {"error": f"needs more than {USABLE:.0%} of {self.budget / GIB:.2f} GiB"}
+        if candidate.micro_batch > self.planner.index_limit(policy):
+            return facts | {"error": "a tensor has too many elements for 32-bit indices"}
+        return facts | self.measure(candidate)
+
+    def _plan(self, candidate: Candidate) -> MemoryPlan:
+        training = self.config.training.model_copy(update={"zero_stage": candidate.zero_stage})
+        states = plan_states(self.planner.parameters, training, self.world_size, self.planner.precision)
+        policy = candidate.activation_checkpointing
+        return MemoryPlan(policy, candidate.micro_batch, states, self.planner.trace(policy))
+
+
+def _finished(row: dict[str, Any]) -> dict[str, Any]:
     """With the speed in place of the samples."""
-    for row in rows:
-        samples = row.pop("samples_s", None)
-        yield row if samples is None else row | {"volumes_per_s": 1 / spread(samples)["median"], "steps": len(samples)}
+    samples = row.get("samples_s")
+    kept = {key: value for key, value in row.items() if key != "samples_s"}
+    return kept if not samples else kept | {"volumes_per_s": 1 / spread(samples)["median"], "repeats": len(samples)}

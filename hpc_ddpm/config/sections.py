@@ -355,6 +355,8 @@ class TrainingConfig(Section):
     """Largest global gradient norm; 0 does not clip."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 (with fp32 master weights) where the device is fast at it, else fp32."""
+    compile: bool = False
+    """Compile the network on GPUs with torch.compile; CPUs run it as it is. `bench tune` finds out whether it pays."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: partition nothing / optimizer state / + gradients / + parameters."""
     reduce_bucket_size: int = Field(default=5_000_000, gt=0)

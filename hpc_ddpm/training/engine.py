@@ -89,6 +89,8 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=network, optimizer=optimizer, config=self.settings, dist_init_required=False
             )
+        if training.compile and device.type == "cuda":
+            self.deepspeed.compile(compile_kwargs={"dynamic": False})
         self._stage0_norm: torch.Tensor | None = None  # DeepSpeed computes none there without clipping
         if self._scaler is not None:
             self._scaler.raise_error_at_min_scale = False  # `has_failed` tells

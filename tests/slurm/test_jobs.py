@@ -1,5 +1,6 @@
 """Pack, train and sample on the cluster, with srun and as the templates are shipped: the results of one process."""
 
+import json
 from pathlib import Path
 
 import pytest

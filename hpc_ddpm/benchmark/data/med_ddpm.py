@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +48,7 @@ def open_med_ddpm(clone: Path, tree: Path, config: DataConfig) -> Callable[[], C
         )
 
     def open_() -> Callable[[], tuple[Any, Any]]:
-        with _importable(clone):
+        with importable(clone, UNUSED):
             module = importlib.import_module(MODULE)
         folders = [str(tree / role) for role in (MASK, *config.modalities)]
         dataset = module.NiftiPairImageGenerator(
@@ -75,10 +75,10 @@ def _to_tensor(array: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _importable(clone: Path) -> Iterator[None]:
-    """The clone's modules can be imported, with empty stand-ins for packages that are not installed."""
+def importable(clone: Path, unused: Iterable[str]) -> Iterator[None]:
+    """The clone's modules can be imported, with empty stand-ins for those of `unused` that are not installed."""
     stand_ins = []
-    for name in UNUSED:
+    for name in unused:
         package = name.split(".")[0]
         if package in stand_ins or importlib.util.find_spec(package) is None:
             sys.modules[name] = _Anything(name)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -79,16 +79,21 @@ def gpu_check(
     return results
 
 
-def run_limited(command: Sequence[str], path: Path, limit_s: float, device: str = "cpu") -> Result:
-    """Run a command that writes its result to `path`, and end it and its children after `limit_s`."""
+def run_limited(
+    command: Sequence[str], path: Path, limit_s: float, device: str = "cpu", variables: Mapping[str, str] | None = None
+) -> Result:
+    """Run a command that writes its result to `path`, and end it and its children after `limit_s`.
+
+    `variables` win over this process's; what the command said is in `log` where it did not end well.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    variables = {"OMP_WAIT_POLICY": "passive"} | dict(os.environ)
+    full = {"OMP_WAIT_POLICY": "passive"} | dict(os.environ) | dict(variables or {})
     if device == "cpu":
-        variables |= {"HPC_DDPM_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+        full |= {"HPC_DDPM_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     began = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=full, start_new_session=True)
         try:
             code: int | None = process.wait(limit_s)
         except subprocess.TimeoutExpired:
