@@ -177,9 +177,13 @@ def _repeats(update: Callable[[int, int, str], None]) -> Callable[[int, int], No
 
 def _report(name: str, config: Config, row: dict[str, Any], device: Any, ranks: Ranks) -> dict[str, Any] | None:
     from hpc_ddpm.benchmark.device import describe_gpu
+    from hpc_ddpm.benchmark.gpu_check.speed import conv_kernels
     from hpc_ddpm.benchmark.record import environment, new_report
+    from hpc_ddpm.model.planner import DTYPES
 
     if not ranks.is_main:
         return None
     settings = {"config": config.dump(), "config_digest": config.digest()}
-    return dict(new_report(name, environment(gpu=describe_gpu(device)), settings, [row]))
+    where = environment(gpu=describe_gpu(device))
+    where["conv_kernels"] = conv_kernels(config, device, DTYPES[row["precision"]])
+    return dict(new_report(name, where, settings, [row]))

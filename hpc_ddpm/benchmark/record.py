@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import write_json
@@ -35,6 +35,8 @@ class Environment(TypedDict):
     """Over the last minute, when the benchmark began."""
     gpu: dict[str, Any] | None
     """Name, driver, CUDA, cuDNN, NCCL, clocks, power cap; None where no GPU was used."""
+    conv_kernels: NotRequired[list[str]]
+    """Of `bench train` and `sample`: where a convolution spends its time, longest first; on a CPU, operations."""
 
 
 class Report(TypedDict):
@@ -125,11 +127,12 @@ def describe(where: Environment) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     gpu = where.get("gpu")
     device = "" if gpu is None else f"{gpu['name']} ({', '.join(f'{key} {value}' for key, value in gpu.items())}); "
+    kernels = f" Convolutions by {', '.join(where['conv_kernels'])}." if where.get("conv_kernels") else ""
     return (
         f"Measured {where['created'][:10]} (commit {(where['git_commit'] or 'unknown')[:12]}) with\n\n"
         f"```\n{' '.join(where['command'])}\n```\n\n"
         f"Hardware: {device}{where['cores']} cores of {where['cpu']}, {where['memory_gib']:.0f} GiB; load average "
-        f"{where['load_average']:.1f} at the start. Software: {where['os']}; {versions}."
+        f"{where['load_average']:.1f} at the start. Software: {where['os']}; {versions}.{kernels}"
     )
 
 

@@ -93,6 +93,7 @@ def test_the_training_loop(cli: Run, tmp_path: Path) -> None:
     report = read_report(tmp_path / "a.json")
     (row,) = report["rows"]
     assert report["benchmark"] == "train"
+    assert any("conv" in name for name in report["environment"]["conv_kernels"])
     assert 3 <= len(row["samples_s"]) + row["warm_up_excluded"] - 2 <= 6
     assert row["volumes_per_s_per_gpu"] == pytest.approx(1 / row["seconds_per_volume"]["median"])
     assert 0 <= row["data_wait_share"] < 1

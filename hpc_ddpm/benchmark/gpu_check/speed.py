@@ -26,7 +26,7 @@ from hpc_ddpm.benchmark.gpu_check.setup import (
 )
 from hpc_ddpm.benchmark.step import PlainStep, random_network, synthetic_batch
 from hpc_ddpm.benchmark.timing import spread
-from hpc_ddpm.config import SamplingConfig
+from hpc_ddpm.config import Config, SamplingConfig
 from hpc_ddpm.diffusion.gaussian import Model
 from hpc_ddpm.diffusion.noise import NoiseSource
 from hpc_ddpm.diffusion.samplers import sample
@@ -101,6 +101,19 @@ def kernel_names(call: Callable[[], object], device: torch.device, most: int = 3
     events = [event for event in run.key_averages() if _self_time(event, is_gpu) > 0]
     events.sort(key=lambda event: -_self_time(event, is_gpu))
     return [event.key[:120] for event in events[:most]]
+
+
+def conv_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Those of a 3x3x3 convolution at full resolution, forward and backward: most of the network's FLOPs."""
+    memory_format = LAYOUTS["channels_last" if config.model.channels_last else "contiguous"]
+    channels = config.model.base_channels
+
+    def call() -> None:
+        layer = torch.nn.Conv3d(channels, channels, 3, padding=1, device=device, dtype=dtype)
+        x = torch.zeros(1, channels, *config.data.training_shape, device=device, dtype=dtype, requires_grad=True)
+        layer(x.contiguous(memory_format=memory_format)).sum().backward()
+
+    return kernel_names(call, device)
 
 
 def _self_time(event: Any, is_gpu: bool) -> float:
