@@ -114,7 +114,7 @@ def tune(
 def _start(config: Config, space: Space) -> Candidate:
     """The configured settings, where the space has them."""
     training, model = config.training, config.model
-    configured = {
+    configured: dict[str, Any] = {
         "zero_stage": training.zero_stage,
         "activation_checkpointing": model.activation_checkpointing.replace("auto", POLICIES[0]),
         "micro_batch": training.micro_batch,
