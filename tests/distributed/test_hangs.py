@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.after_job import has_hung
 from tests.distributed.test_kills import finish, start, stderr_of, wait_for_progress
 
 pytestmark = pytest.mark.slow
@@ -22,6 +23,7 @@ def test_a_hanging_rank_ends_the_others_with_the_reason(tiny_packed: Path, tmp_p
     said = stderr_of(run, 0).read_text()
     assert "hpc-ddpm: rank 0: nothing was done in the 8 s (training.hang_timeout_s) after step" in said
     stacks = (run / "stacks-of-rank-00000.txt").read_text()
+    assert has_hung(run, since=0)
     assert "in agreed" in stacks or "in backward" in stacks, stacks
 
 
@@ -34,4 +36,4 @@ def test_a_killed_rank_is_named_by_the_others(tiny_packed: Path, tmp_path: Path)
     assert processes[0].wait(timeout=120) == 75
     (line,) = stderr_of(run, 0).read_text().splitlines()
     assert line.startswith("hpc-ddpm: another rank died or hangs (Connection ")
-    assert not list(run.glob("stacks-*"))
+    assert not has_hung(run, since=0)
