@@ -39,8 +39,7 @@ def main() -> None:
     ends = [event for event in read_events(given.run_dir, task_id()) if event["event"] == "end"]
     since = ends[-1]["time"] if ends else 0.0
     ranks = [end["code"] for end in read_events(given.run_dir, task_id(), kind="ranks") if end["time"] > since]
-    stacks = [path for path in given.run_dir.glob(STACKS) if path.stat().st_mtime > since]
-    end = End(given.code, mark, tuple(ranks), is_hang=bool(stacks))
+    end = End(given.code, mark, tuple(ranks), has_hung(given.run_dir, since))
     comes_back, why = decide(end, ends, restarts, given.max_requeues, given.max_crashes)
     event = {
         "event": "end",
@@ -109,6 +108,12 @@ def decide(
     if crashes >= max_crashes:
         return False, f"{crashes} starts in a row without progress, the last: {end.reason} ({found}); not requeued"
     return True, f"{end.reason} ({found}), requeued after {restarts} restarts"
+
+
+def has_hung(run_dir: Path, since: float) -> bool:
+    """A rank that is killed leaves an empty file of stacks."""
+    found = [path.stat() for path in run_dir.glob(STACKS)]
+    return any(file.st_size and file.st_mtime > since for file in found)
 
 
 def progress_mark(run_dir: Path, stage: str) -> str:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 REST = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+NO_JOBS = ("compare", "report", "scaling")
+"""Of `hpc-ddpm bench`: two that only read, and one that submits itself with --cluster."""
+
+
 class Stage(StrEnum):
     """What can be submitted."""
 
@@ -153,7 +157,7 @@ def _bench(name: str) -> Any:
     from launch.bench_commands import bench_app
 
     commands: Any = get_command(bench_app).commands  # type: ignore[attr-defined]
-    names = [each for each in commands if each not in ("compare", "report")]
+    names = [each for each in commands if each not in NO_JOBS]
     if name not in names:
         raise ConfigError(f"'{name}' is no benchmark that can be a job: submit bench {'|'.join(names)} ...")
     return commands[name]
