@@ -40,8 +40,4 @@ def test_a_killed_rank_is_named_by_the_others(fork: Callable[..., Fork], tiny_pa
     assert processes[0].wait(timeout=120) == 75
     (line,) = stderr_of(run, 0).read_text().splitlines()
     assert line.startswith("hpc-ddpm: another rank died or hangs (Connection ")
-<<<<<<< HEAD
-    assert not (run / "stacks-of-rank-00000.txt").exists()
-=======
     assert not has_hung(run, since=0)
->>>>>>> h-slurm
