@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -96,10 +97,12 @@ def agents() -> Iterator[Agents]:
     before = os.environ.get("HPC_DDPM_DEVICE")
     os.environ["HPC_DDPM_DEVICE"] = "cpu"
     ranks = detect_ranks()
+    ended = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # no child is left behind
     try:
         with process_group(ranks, LONGEST_MIN):
             yield Agents(ranks, environment)
     finally:
+        signal.signal(signal.SIGTERM, ended)
         if before is None:
             del os.environ["HPC_DDPM_DEVICE"]
         else:

@@ -192,7 +192,8 @@ def test_a_failing_part_is_named_and_the_rest_goes_on(
 @pytest.mark.slow
 def test_engines_race_on_real_ranks(cli: Run, tmp_path: Path) -> None:
     words = ["--gpus", "1,2", "--engines", "ddp,0,1,2,3", "--rounds", "1", "--repeats", "2", "-q"]
-    done = cli("bench", "scaling", *TINY, "training.global_batch=2", *words, "--out", tmp_path)
+    settings = ["training.global_batch=2", "training.learning_rate=1e-4"]
+    done = cli("bench", "scaling", *TINY, *settings, *words, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     report = read_report(tmp_path / "scaling.json")
     rows = [row for row in report["rows"] if row["kind"] == "measured"]
