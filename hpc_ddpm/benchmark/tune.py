@@ -122,7 +122,9 @@ def _start(config: Config, space: Space) -> Candidate:
         "compile": training.compile,
         "num_workers": config.data.num_workers,
     }
-    known = {key: value if value in space.get(key, [value]) else space[key][0] for key, value in configured.items()}
+    known: dict[str, Any] = {
+        key: value if value in space.get(key, [value]) else space[key][0] for key, value in configured.items()
+    }
     return Candidate(**known)
 
 
