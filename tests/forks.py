@@ -105,7 +105,7 @@ def _serve(listener: socket.socket) -> list[str]:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         if sys.stdin in ready:
-            sys.exit()
+            os._exit(0)
         line, _ = listener.accept()
         if not os.fork():
             listener.close()
