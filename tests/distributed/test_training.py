@@ -215,8 +215,8 @@ def test_bf16_trains_with_fp32_masters(torchrun: Torchrun, tiny_packed: Path, tm
 
 @pytest.mark.slow
 def test_bf16_curve_stays_near_that_of_fp32(torchrun: Torchrun, tiny_packed: Path, tmp_path: Path) -> None:
-    """200 steps, means over 50."""
-    settings = ["training.num_steps=200", "training.learning_rate=1e-3"]
+    """300 steps, means over 50."""
+    settings = ["training.num_steps=300", "training.learning_rate=1e-3"]
     settings += ["training.global_batch=2", "training.micro_batch=2"]
     jobs = {tmp_path / precision: [*settings, f"training.precision={precision}"] for precision in ("fp32", "bf16")}
     run_all(torchrun, 1, jobs, tiny_packed)
