@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hpc_ddpm.config import Config
-from hpc_ddpm.distributed import Ranks, resolve_precision
+from hpc_ddpm.distributed import Ranks, give_back_freed_memory, resolve_precision
 from hpc_ddpm.files import write_json
 from hpc_ddpm.host import free_memory
 from hpc_ddpm.model.planner import MAX_NUMEL, Planner, record, with_policy
@@ -39,6 +39,8 @@ def settle_memory(
     planner.check_indexing()
     if not is_auto:
         return config
+    if device.type == "cpu":
+        give_back_freed_memory()  # the plan counts tensors
     smallest = torch.tensor(_free_on(device, ranks), dtype=torch.int64, device=device)
     dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     plan = planner.choose_policy(int(smallest))
