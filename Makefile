@@ -25,12 +25,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install    ## the main job end to end, about 5 minutes on 2 cores
 	$(BIN)/hpc-ddpm demo
 
-TWO_AT_ONCE := -n 2 --dist loadgroup
+TWO_AT_ONCE := -n 2 --dist loadfile
 test: install    ## lint, types, layers and every test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(TWO_AT_ONCE)
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slurm"
+	$(BIN)/python -m pytest -m slurm
 
 test-fast: install  ## tests without the marked ones, under two minutes
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slow and not mpi and not slurm and not gpu"

@@ -45,13 +45,6 @@ TINY = [
 """A network and a run that take a second."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: the tests of a file share what they set up, and there is one cluster."""
-    for item in items:
-        is_cluster = item.get_closest_marker("slurm")
-        item.add_marker(pytest.mark.xdist_group("slurm" if is_cluster else item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture(scope="session")
 def tiny_packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten phantoms of 16^3, packed."""

@@ -176,6 +176,8 @@ def _checkpoint(runner: Runner, folder: Path) -> dict[str, float]:
     """How long one save in the background holds the next steps up; nothing of DDP, which saves nothing."""
     if runner.name == DDP:
         return {}
+    if runner.ranks.is_main:
+        folder.mkdir(parents=True)
     saver = Saver(folder / "checkpoints", runner.config.training, runner.ranks, runner.device)
     saver.save(runner.step, runner.engine.facts(), runner.engine.pieces(), background=True)
     for _ in range(STALL_STEPS):
