@@ -33,9 +33,11 @@ def preempt(cluster: Cluster, job: str, out: Path) -> None:
 
 def reach_the_time_limit(cluster: Cluster, job: str, out: Path) -> None:
     """SLURM looks every 30 seconds whether it is time for the signal; on a slow machine it may have come already."""
-    if cluster.job(job)["Restarts"] == "0":
-        wait_for(lambda: cluster.is_pending(job, signal.SIGUSR2), lambda: str(cluster.job(job)))
-        cluster.run("scancel", "--signal=CONT", job)
+    wait_for(
+        lambda: cluster.job(job)["Restarts"] != "0" or cluster.is_pending(job, signal.SIGUSR2),
+        lambda: str(cluster.job(job)),
+    )
+    cluster.attempt("scancel", "--signal=CONT", job)
 
 
 def terminate(cluster: Cluster, job: str, out: Path) -> None:
