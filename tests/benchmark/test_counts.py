@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from hpc_ddpm.benchmark.step import random_network, synthetic_batch
 from hpc_ddpm.config import Config, load_config
 from hpc_ddpm.diffusion import NoiseSource, build_schedule, draw_training, sample, training_loss
@@ -20,6 +22,7 @@ from hpc_ddpm.distributed import detect_ranks, process_group
 from hpc_ddpm.model.trace import count_parameters, trace_forward, trace_step
 from hpc_ddpm.runlog import package_versions
 from hpc_ddpm.training.engine import Engine
+from tests.conftest import rank_environment
 
 FILE = Path(__file__).with_name("counts.json")
 CONFIG = load_config("demo", ["training.precision=fp32", "data.size=[16,16,16]"]).config
@@ -84,15 +87,21 @@ def count_all() -> dict[str, Any]:
     }
 
 
-@pytest.mark.filterwarnings("ignore")  # DeepSpeed's
-def test_a_step_and_a_volume_launch_no_more_than_before() -> None:
-    stored, found = json.loads(FILE.read_text()), count_all()
+def test_a_step_and_a_volume_launch_no_more_than_before(tmp_path: Path) -> None:
+    """In a process of its own: DeepSpeed remembers the process groups of an earlier engine."""
+    subprocess.run([sys.executable, __file__, tmp_path / "counts.json"], env=rank_environment(), check=True)
+    stored, found = (json.loads(path.read_text()) for path in (FILE, tmp_path / "counts.json"))
     keys = [key for key in stored if key != "versions"]
     if stored["versions"] != found["versions"]:
         keys = [key for key in keys if not key.startswith("operations")]  # other versions launch other operations
-    changed = {key: (stored[key], found[key]) for key in keys if stored[key] != found[key]}
+    changed = {key: (stored[key], found[key]) for key in keys if abs(found[key] / stored[key] - 1) > _room(key)}
     assert not changed, f"stored and found differ; if that is meant, run python {Path(__file__).name}: {changed}"
 
 
+def _room(key: str) -> float:
+    """Some operations come and go with the number of threads; the others are exact."""
+    return 0.01 if key.startswith("operations") else 0
+
+
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(count_all(), indent=2) + "\n")
+    Path(sys.argv[1] if len(sys.argv) > 1 else FILE).write_text(json.dumps(count_all(), indent=2) + "\n")

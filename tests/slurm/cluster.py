@@ -77,6 +77,11 @@ class Cluster:
         ]
         return bool(masks) and all(mask and int(mask[1], 16) >> (number - 1) & 1 for mask in masks)
 
+    def are_stopped(self, job_id: str) -> bool:
+        """Whether SIGSTOP has reached all ranks of a job."""
+        stats = [_read(Path(f"/proc/{pid}/stat")) for pid in self.ranks(job_id).values()]
+        return bool(stats) and all(stat.rpartition(b")")[2].split()[:1] == [b"T"] for stat in stats)
+
     def kill_node(self, name: str) -> None:
         """Its slurmd, and all that it has started."""
         tasks = list(self._processes({"SLURMD_NODENAME": name}))

@@ -109,6 +109,8 @@ def runs(
         before = 1 if case.disturb is reach_the_time_limit else BEFORE  # it may come earlier on a slow machine
         wait_for(lambda: len(losses(out)) >= before, lambda: f"{name}: {shown(cluster, out)}", timeout_s=500)
         cluster.attempt("scancel", "--signal=STOP", job)  # so that it does not end in the meantime
+        if case.disturb is not reach_the_time_limit:
+            wait_for(lambda: cluster.are_stopped(job), lambda: f"{name}: {cluster.job(job)}")
         case.disturb(cluster, job, out)
         return out, cluster.run("hpc-ddpm", "jobs", "logs", "-f", out, timeout_s=500)
 
