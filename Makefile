@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-cluster test-others test-fast slurm-up slurm-down lint clean
+.PHONY: help install demo test test-fast slurm-up slurm-down lint clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -30,13 +30,8 @@ test: install    ## lint, types, layers and every test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) --jobs=2 --keep-going --no-print-directory test-cluster test-others
-
-test-cluster:    # these mostly wait
-	$(BIN)/python -m pytest -q -m slurm
-
-test-others:
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slurm"
+	$(BIN)/python -m pytest -m slurm
 
 test-fast: install  ## tests without the marked ones, under two minutes
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slow and not mpi and not slurm and not gpu"
