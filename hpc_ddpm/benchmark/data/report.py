@@ -40,7 +40,7 @@ def to_markdown(report: Report) -> str:
             + ", ".join(f"{name} (`pip install {package}`)" for name, package in settings["missing"].items())
             + "; `pip install 'hpc_ddpm[bench]'` brings all."
         )
-    parts += ["## Aims", f"Warm, without workers. {_as_written(report['rows'])}", _aims(report["rows"])]
+    parts += ["## Aims", "Warm where nothing else is said, without workers.", _aims(report["rows"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -115,12 +115,20 @@ def _aims(rows: Rows) -> str:
     }
     peer = next(name for stage, name in ms if stage == NETWORK and name != OURS)
     theirs, ours = ms[NETWORK, peer], ms[STORED, OURS]
+    written = {
+        row["contestant"]: row["ms"]["median"] for row in rows if (row["cache"], row["stage"]) == ("written", STORED)
+    }
     aims = [
         (f"at least 15 times as fast as {peer}, for the network", theirs / ms[NETWORK, OURS], 15.0),
         (f"at least 100 times as fast as {peer}, to be sent to a GPU", theirs / ours, 100.0),
         (
             "uncompressed: at least 1/1.5 of a memory map's speed",
             ms[STORED, "memory map"] / ms[STORED, f"{OURS}, uncompressed"],
+            1 / 1.5,
+        ),
+        (
+            "the same, of files just written",
+            written["memory map"] / written[f"{OURS}, uncompressed"],
             1 / 1.5,
         ),
         ("compressed: at least 1/3 of a memory map's speed", ms[STORED, "memory map"] / ours, 1 / 3),
@@ -132,14 +140,6 @@ def _aims(rows: Rows) -> str:
     ]
     lines = [[aim, f"{found:.2f}", "met" if found >= least else "**not met**"] for aim, found, least in aims]
     return table(["aim", "times as fast", ""], lines)
-
-
-def _as_written(rows: Rows) -> str:
-    """What the aims leave out: the state in which a memory map is at its best."""
-    written = [row for row in rows if row["cache"] == "written" and row["stage"] == STORED]
-    ms = {row["contestant"]: row["ms"]["median"] for row in written}
-    times = f"{ms[f'{OURS}, uncompressed'] / ms['memory map']:.2f}"
-    return f"In files just written, reading takes {times} times as long as the memory map, which has large pages there."
 
 
 def _spread(ms: dict[str, float]) -> str:
