@@ -1,11 +1,14 @@
 """The volumes of an open shard, past HDF5's filters: one read, one decode into the caller's buffer, one CRC-32.
 
 HDF5 itself decodes under one lock, into memory of its own, and adds a slow checksum. Here threads read at the same
-time: reading, decoding and checking all release the GIL.
+time: reading, decoding and checking all release the GIL. What the kernel already holds in its page cache is not read
+but taken from a memory map, which is faster; what it has to fetch is read, which is faster and fails with an error
+instead of a signal (docs/benchmarks/data.md).
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 import threading
@@ -22,6 +25,10 @@ FLETCHER32, LZ4, ZSTD = 3, 32004, 32015
 FLETCHER32_BYTES = 4
 READ_BYTES = 1 << 18
 """Asked for at once. Linux reads ahead of many small reads, but not of one large one (docs/benchmarks/data.md)."""
+MAPPED_BYTES = 1 << 22
+"""Checked and copied at once from a memory map."""
+MADV_POPULATE_READ = 22
+"""Linux 5.14: fill in the map's page table now. A page that cannot be had is an OSError, not a SIGBUS at its use."""
 VOLUMES = ("image", "mask")
 UNDECODABLE = (OSError, ValueError, KeyError, RuntimeError, struct.error, cramjam.DecompressionError)
 
@@ -64,21 +71,19 @@ class OpenShard:
             where = (row, channel, 0, 0, 0) if name == "image" else (row, 0, 0, 0)
             stored = chunks.get_chunk_info_by_coord(where)
             filters = [code for i, code in enumerate(layout.filters) if not stored.filter_mask >> i & 1]
-            self._decode(stored.byte_offset, stored.size, filters, memoryview(volume).cast("B"))
-            checksums.append(crc32(volume))
+            checksums.append(self._decode(stored.byte_offset, stored.size, filters, memoryview(volume).cast("B")))
         return checksums
 
-    def _decode(self, offset: int, size: int, filters: list[int], out: memoryview) -> None:
-        """One chunk. Its Fletcher-32, at the end, is not looked at: the CRC-32 checks more, and what was decoded."""
+    def _decode(self, offset: int, size: int, filters: list[int], out: memoryview) -> int:
+        """One chunk; its CRC-32. Its Fletcher-32, at the end, is not looked at: the CRC-32 is of what was decoded."""
         if filters[-1:] == [FLETCHER32]:
             filters, size = filters[:-1], size - FLETCHER32_BYTES
-        data = _scratch(size) if filters else out
-        if len(data) != size:
+        if not filters and len(out) != size:
             raise ValueError("wrong size")
-        for begin in range(0, size, READ_BYTES):
-            part = data[begin : begin + READ_BYTES]
-            if os.preadv(self._descriptor, [part], offset + begin) != len(part):
-                raise ValueError("wrong size")
+        data = self._map(offset, size)
+        if data and not filters:
+            return _copy(data, out)
+        data = data or self._read(offset, _scratch(size) if filters else out)
         if filters == [LZ4]:
             _decode_lz4(data, out)
         elif filters == [ZSTD]:
@@ -86,6 +91,26 @@ class OpenShard:
                 raise ValueError("wrong size")
         elif filters:
             raise ValueError(f"HDF5 filters {filters} are not of this format")
+        return zlib_ng.crc32(out)
+
+    def _read(self, offset: int, out: memoryview) -> memoryview:
+        for begin in range(0, len(out), READ_BYTES):
+            part = out[begin : begin + READ_BYTES]
+            if os.preadv(self._descriptor, [part], offset + begin) != len(part):
+                raise ValueError("wrong size")
+        return out
+
+    def _map(self, offset: int, size: int) -> memoryview | None:
+        """A part of the file, without a copy; None if it is not in the page cache or nobody can tell."""
+        if not (_is_cached(self._descriptor, offset) and _is_cached(self._descriptor, offset + size - 1)):
+            return None
+        skipped = offset % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(self._descriptor, skipped + size, access=mmap.ACCESS_READ, offset=offset - skipped)
+        try:
+            mapped.madvise(MADV_POPULATE_READ)
+        except OSError:
+            return None  # an older kernel; or a page is lost, which reading will say
+        return memoryview(mapped)[skipped:]
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,25 @@ class _Layout:
         filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
         is_whole = (dataset.chunks or ())[-3:] == dataset.shape[-3:]
         return cls(is_whole, dataset.shape[-3:], dataset.dtype, filters)
+
+
+def _is_cached(descriptor: int, offset: int) -> bool:
+    """Whether a byte can be read without waiting for a disk or a network; False also where the system cannot say."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except (OSError, AttributeError):
+        return False
+
+
+def _copy(data: memoryview, out: memoryview) -> int:
+    """The CRC-32 of `data`, copied to `out`. NumPy copies, since it releases the GIL."""
+    checksum = 0
+    source, target = np.frombuffer(data, np.uint8), np.frombuffer(out, np.uint8)
+    for begin in range(0, len(source), MAPPED_BYTES):
+        part = slice(begin, begin + MAPPED_BYTES)
+        checksum = zlib_ng.crc32(source[part].data, checksum)
+        target[part] = source[part]
+    return checksum
 
 
 def _decode_lz4(data: memoryview, out: memoryview) -> None:
@@ -132,7 +176,7 @@ def _decode_lz4(data: memoryview, out: memoryview) -> None:
 
 def _scratch(size: int) -> memoryview:
     """This thread's buffer for compressed bytes."""
-    buffer = getattr(_thread, "buffer", b"")
-    if len(buffer) < size:
-        buffer = _thread.buffer = bytearray(size)
-    return memoryview(buffer)[:size]
+    buffer = getattr(_thread, "buffer", None)
+    if buffer is None or len(buffer) < size:
+        buffer = _thread.buffer = np.empty(size, np.uint8)
+    return buffer.data[:size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 
 from hpc_ddpm.config import AugmentConfig, CovariateConfig, DataConfig, LabelsConfig
 from hpc_ddpm.data.augment import augment
+from hpc_ddpm.data.buffers import empty
 from hpc_ddpm.data.cache import VolumeCache, share_cache
 from hpc_ddpm.data.labels import one_hot
 from hpc_ddpm.data.shards import INT16_SCALE, Packed, Window, open_packed
@@ -105,9 +107,10 @@ def new_batch(data: DataConfig, shape: tuple[int, int, int], indices: Sequence[i
     """
     dtype = torch.int16 if data.storage_dtype == "int16" else torch.float32
     image = (len(indices), data.num_modalities, *shape)
+    allocate = partial(torch.empty, pin_memory=True) if pin_memory else empty
     return {
-        "image": torch.empty(image, dtype=dtype, pin_memory=pin_memory),
-        "mask": torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=pin_memory),
+        "image": allocate(image, dtype=dtype),
+        "mask": allocate((len(indices), *shape), dtype=torch.uint8),
         "index": torch.tensor(indices),
     }
 
@@ -155,5 +158,5 @@ def to_unit_range(image: torch.Tensor, out: torch.Tensor | None = None) -> torch
     if image.dtype != torch.int16:
         return image
     if out is None or out.shape != image.shape:
-        out = torch.empty_like(image, dtype=torch.float32)
+        out = empty(image.shape, torch.float32, image.device)
     return out.copy_(image).div_(INT16_SCALE)

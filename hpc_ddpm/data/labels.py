@@ -144,9 +144,11 @@ def one_hot(
     """
     import torch  # here, as packing does without
 
+    from hpc_ddpm.data.buffers import empty
+
     shape = mask.shape[0], len(labels.names), *mask.shape[1:]
     if out is None or out.shape != shape:
-        out = torch.empty(shape, dtype=dtype or torch.float32, device=mask.device)
+        out = empty(shape, dtype or torch.float32, mask.device)
     for channel, label in enumerate(labels.names):
         torch.eq(mask, label, out=out[:, channel])
     if (labels.off_value, labels.on_value) != (0.0, 1.0):

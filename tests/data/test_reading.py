@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import zlib
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hpc_ddpm.config import DataConfig, LabelsConfig
-from hpc_ddpm.data import shards
+from hpc_ddpm.data import chunks, shards
 from hpc_ddpm.data.chunks import FLETCHER32_BYTES, OpenShard
 from hpc_ddpm.data.dataset import Expand, VolumeDataset, to_unit_range
 from hpc_ddpm.data.labels import one_hot
@@ -99,8 +100,18 @@ def test_many_threads_share_few_open_files(packed_path: Path, monkeypatch: pytes
             assert b"".join(array.tobytes() for array in arrays) == expected[index]
 
 
-@pytest.mark.parametrize("changes", [{"storage_dtype": "float32"}, {"compression": "none"}])
-def test_other_ways_to_store(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig], changes: Any) -> None:
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"storage_dtype": "float32"}, {"compression": "none"}])
+def test_ways_to_store_and_to_read(
+    heads: Path,
+    tmp_path: Path,
+    tiny: Callable[..., DataConfig],
+    changes: Any,
+    cached: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunks, "_is_cached", lambda *where: cached)
+    monkeypatch.setattr(chunks, "MAPPED_BYTES", 1000)
     pack(heads, tmp_path / "out", tiny(**changes))
     packed = open_packed(tmp_path / "out")
     with shards.open_reader(tmp_path / "out" / "shard-00000.h5") as file:
@@ -110,6 +121,27 @@ def test_other_ways_to_store(heads: Path, tmp_path: Path, tiny: Callable[..., Da
             np.testing.assert_array_equal(image, file["image"][row])
             np.testing.assert_array_equal(mask, file["mask"][row])
             assert image.dtype == file["image"].dtype
+
+
+def test_only_what_is_whole_and_at_hand_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = np.random.default_rng(0).integers(256, size=20_000).astype(np.uint8)
+    with h5py.File(tmp_path / "shard.h5", "w") as file:
+        for name in chunks.VOLUMES:
+            file.create_dataset(name, data=data.reshape(1, 1, 100, 200), chunks=(1, 1, 100, 200))
+    monkeypatch.setattr(chunks, "_is_cached", lambda *where: True)
+    with h5py.File(tmp_path / "shard.h5") as file:
+        shard, offset = OpenShard(file), file["image"].id.get_chunk_info(0).byte_offset
+        mapped = shard._map(offset, data.size)
+        assert mapped == data.data
+        monkeypatch.setattr(chunks, "MADV_POPULATE_READ", 12345)  # a kernel that has no such advice
+        assert shard._map(offset, data.size) is None
+    monkeypatch.undo()
+    (tmp_path / "empty").touch()
+    with (tmp_path / "empty").open() as empty:
+        assert not chunks._is_cached(empty.fileno(), 0)
+    with (tmp_path / "shard.h5").open() as file:
+        monkeypatch.delattr(os, "RWF_NOWAIT")  # not of this system
+        assert not chunks._is_cached(file.fileno(), 0)
 
 
 def test_a_volume_that_does_not_compress(tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
