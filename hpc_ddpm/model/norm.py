@@ -1,7 +1,6 @@
 """GroupNorm, and GroupNorm followed by SiLU as one differentiable operation, in the dtype and layout of the input.
 
-Shapes: B batch, C channels, D H W = Z Y X voxels. Statistics are float32 whatever the activations are. One exception
-is PyTorch's: its GPU kernel for contiguous half-precision volumes rounds them on the way to backward.
+Shapes: B batch, C channels, D H W = Z Y X voxels. Statistics are float32 whatever the activations are.
 """
 
 from __future__ import annotations
@@ -13,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 22}
+"""Values at once: their float32 copies stay in the cache."""
 
 
 class GroupNormFloat32(nn.GroupNorm):
@@ -61,13 +63,13 @@ class _GroupNormSiLU(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         y = _normalise(x, weight, bias, ctx.groups, ctx.eps)[0]
         grad = torch.ops.aten.silu_backward.grad_input(grad, y, grad_input=y)  # in y's place: fresh memory is slow
-        if not x.is_contiguous() and (x.dtype == torch.float32 or not _has_kernel(x)):
-            return *_channels_last_backward(grad, x, mean, rstd, weight), None, None
-        B, C = x.shape[:2]
-        grads = torch.ops.aten.native_group_norm_backward(
-            grad, x, mean, rstd, weight, B, C, x[0, 0].numel(), ctx.groups, [True] * 3
-        )
-        return *grads, None, None
+        if mean.dtype != torch.float32:
+            mean, rstd = _statistics(x, mean, ctx.eps)
+        elif x.is_cpu and x.is_contiguous():
+            B, C = x.shape[:2]
+            options = B, C, x[0, 0].numel(), ctx.groups, [True] * 3
+            return *torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *options), None, None
+        return *_backward_in_place(grad, x, mean, rstd, weight.float()), None, None
 
 
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +81,8 @@ def _normalise(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
     rstd = torch.rsqrt(variance + eps)
     scale = _per_channel(rstd, C) * weight.float()
     shift = bias.float() - _per_channel(mean, C) * scale
-    return _multiply_add(x, scale, shift), mean, rstd
+    shape = (B, C, 1, 1, 1)
+    return torch.addcmul(shift.view(shape), x, scale.view(shape), out=torch.empty_like(x)), mean, rstd
 
 
 def _has_kernel(x: Tensor) -> bool:
@@ -87,38 +90,55 @@ def _has_kernel(x: Tensor) -> bool:
     return x.is_contiguous() or x.is_cpu
 
 
-def _channels_last_backward(
+def _statistics(x: Tensor, rounded_mean: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1/std, (B, groups) float32, where PyTorch's kernel rounded them: half precision on GPUs."""
+    mean = rounded_mean.float()
+    middle = _per_channel(mean, x.shape[1])[..., None, None, None]
+    sums = torch.zeros(2, *x.shape[:2], device=x.device)
+    for part in x.split(_slices(x), 2):
+        offset = part.float() - middle
+        sums[0] += offset.sum((2, 3, 4))
+        sums[1] += offset.square_().sum((2, 3, 4))
+    offset, square = (_per_group(each, mean.shape[1]) / x[0, 0].numel() for each in sums)
+    return mean + offset, torch.rsqrt(square - offset.square() + eps)
+
+
+def _backward_in_place(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of GroupNorm by x, weight and bias where PyTorch has no fast kernel (float32, or a GPU).
+    """Gradients of GroupNorm by x (which replaces `grad`), weight and bias, computed in float32.
 
-    With x̂ = (x - mean) rstd and g = weight * grad: dx = rstd (g - <g> - x̂ <g x̂>), <> over each group.
+    With x̂ = (x - mean) rstd and g = weight * grad: dx = rstd (g - <g> - x̂ <g x̂>), <> over each group. The sums over
+    voxels are those that BatchNorm needs, whose kernels know every layout and dtype; of half precision, a few slices
+    at a time are float32. PyTorch's own takes up to four times as long in channels_last and has no such kernel on GPUs.
     """
     C, groups = x.shape[1], mean.shape[1]
-    mean_c, rstd_c, weight = _per_channel(mean.float(), C), _per_channel(rstd.float(), C), weight.float()
-    sum_grad = _sum_voxels(grad)
-    product = _multiply_add(x, rstd_c, -mean_c * rstd_c).mul_(grad)
-    sum_grad_x_hat = _sum_voxels(product)
-    count = x[0, 0].numel() * C // groups
-    mean_g = _per_channel((weight * sum_grad).unflatten(1, (groups, -1)).sum(2) / count, C)
-    mean_g_x_hat = _per_channel((weight * sum_grad_x_hat).unflatten(1, (groups, -1)).sum(2) / count, C)
-    slope = -rstd_c.square() * mean_g_x_hat
-    dx = _multiply_add(x, slope, -rstd_c * mean_g - slope * mean_c, out=product)
-    dx.addcmul_(grad, (rstd_c * weight)[..., None, None, None])
-    return dx, sum_grad_x_hat.sum(0), sum_grad.sum(0)
+    mean, rstd = _per_channel(mean, C), _per_channel(rstd, C)
+    sums = [
+        torch.ops.aten.native_batch_norm_backward(
+            grad[b : b + 1], x[b : b + 1], weight, None, None, mean[b], rstd[b], True, 0.0, [False, True, True]
+        )[1:]
+        for b in range(len(x))
+    ]
+    sum_grad_x_hat, sum_grad = (torch.stack(each).float() for each in zip(*sums, strict=True))
+    count = x[0, 0].numel()
+    slope = -rstd.square() * _per_channel(_per_group(weight * sum_grad_x_hat, groups), C) / count
+    shift = -rstd * _per_channel(_per_group(weight * sum_grad, groups), C) / count - slope * mean
+    slope, shift, scale = (each[..., None, None, None] for each in (slope, shift, weight * rstd))
+    for part, x_part in zip(grad.split(_slices(x), 2), x.split(_slices(x), 2), strict=True):
+        part.copy_(torch.addcmul(shift, x_part.float(), slope).addcmul_(part.float(), scale))
+    return grad, sum_grad_x_hat.sum(0), sum_grad.sum(0)
+
+
+def _slices(x: Tensor) -> int:
+    return max(1, CHUNK[x.device.type] // x[:, :, 0].numel())
+
+
+def _per_group(per_channel: Tensor, groups: int) -> Tensor:
+    """(B, C) -> (B, groups), means."""
+    return per_channel.unflatten(1, (groups, -1)).mean(2)
 
 
 def _per_channel(per_group: Tensor, channels: int) -> Tensor:
     """(B, groups) -> (B, C)."""
     return per_group.repeat_interleave(channels // per_group.shape[1], dim=1)
-
-
-def _multiply_add(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """x * scale + shift with one float32 (B, C) factor and term per channel, rounded once, to the dtype of x."""
-    shape = (*scale.shape, 1, 1, 1)
-    return torch.addcmul(shift.view(shape), x, scale.view(shape), out=torch.empty_like(x) if out is None else out)
-
-
-def _sum_voxels(x: Tensor) -> Tensor:
-    """(B, C) float32 sums of a channels_last_3d tensor: rows first, then the rows' sums."""
-    return x.permute(0, 2, 3, 4, 1).sum(3, dtype=torch.float32).sum((1, 2))

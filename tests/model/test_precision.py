@@ -5,6 +5,9 @@ The inputs are exact in bf16 and fp16, and chosen so that these parts in half pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,14 +35,25 @@ def close(found: Tensor, exact: Tensor) -> bool:
     return bool((found.double() - exact).abs().max() < 0.02 * exact.abs().max())
 
 
-@pytest.mark.parametrize("native", [True, False])
+def rounded_normalise(
+    x: Tensor, *options: Any, exact: Callable[..., tuple[Tensor, Tensor, Tensor]] = norm_module._normalise
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = exact(x, *options)
+    return y, mean.to(x.dtype), rstd.to(x.dtype)
+
+
+@pytest.mark.parametrize("kernel", ["CPU", "contiguous only", "rounds its statistics"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_group_norm_statistics(
-    dtype: torch.dtype, layout: torch.memory_format, native: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, layout: torch.memory_format, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not native:  # the path for accelerators whose kernels need contiguous volumes
+    """With the kernels of CPUs, and as those of GPUs are."""
+    monkeypatch.setattr(norm_module, "CHUNK", {"cpu": 2 * 2 * CHANNELS * 6 * 6})  # two slices at a time
+    if kernel == "contiguous only":
         monkeypatch.setattr(norm_module, "_has_kernel", lambda x: False)
+    elif kernel == "rounds its statistics":
+        monkeypatch.setattr(norm_module, "_normalise", rounded_normalise)
     norm, x = GroupNormSiLU(GROUPS, CHANNELS), far_from_zero(dtype, layout).requires_grad_()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, CHANNELS))
