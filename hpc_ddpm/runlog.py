@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,6 +94,12 @@ class RunLog:
         write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= start_step))
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._show, threading.excepthook = threading.excepthook, self._on_thread_error
+
+    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        """Of any other thread: TensorBoard's, which cannot write, is heard of by whoever writes to it next."""
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            self._show(args)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record the numbers of one step."""
@@ -116,7 +123,10 @@ class RunLog:
         """Flush to disk."""
         if self._file is not None and self._writer is not None:
             self._file.close()
-            self._writer.close()
+            try:
+                self._writer.close()
+            finally:
+                threading.excepthook = self._show
 
 
 def read_metrics(run_dir: Path, name: str = METRICS) -> Iterator[dict[str, Any]]:
