@@ -244,6 +244,7 @@ def tune(
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Optimizer steps of each trial that count.")] = 5,
+    exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Try every combination.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Find the fastest settings that fit: layout, compile, micro batch, checkpointing, ZeRO stage, readers."""
@@ -255,7 +256,8 @@ def tune(
             typer.echo(line, err=True)
 
     settings = load_config(config, overrides or []).config
-    typer.echo(tune_stage(settings, packed, out, ranks, memory, only or (), repeats, tell))
+    options = (settings, packed, out, ranks, memory, only or (), repeats, tell)
+    typer.echo(tune_stage(*options, is_exhaustive=exhaustive))
 
 
 FailIfSlower = Annotated[

@@ -69,6 +69,8 @@ def tune_stage(
     only: Sequence[str],
     repeats: int,
     tell: Callable[[str], None],
+    *,
+    is_exhaustive: bool,
 ) -> str:
     """`hpc-ddpm bench tune`; writes the whole configuration with the best settings, and returns the table.
 
@@ -110,7 +112,8 @@ def tune_stage(
             tell(f"{' '.join(candidate.overrides())}: {row['seconds_per_volume']['median']:.4g} s per volume")
             return {"samples_s": row["samples_s"], "peak_gib": row["peak_memory_gib"]}
 
-        best, rows = tune(config, Planner(config, ranks, precision, device.type), ranks, space, budget, measure)
+        planner = Planner(config, ranks, precision, device.type)
+        best, rows = tune(config, planner, ranks, space, budget, measure, is_exhaustive=is_exhaustive)
     tree = config.dump()
     for section, values in best.settings().items():
         tree[section] |= values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from hpc_ddpm.benchmark.timing import spread
@@ -77,7 +78,14 @@ def search_space(config: Config, world_size: int, cores: int, *, is_gpu: bool) -
 
 
 def tune(
-    config: Config, planner: Planner, world_size: int, space: Space, budget: int, measure: Measure
+    config: Config,
+    planner: Planner,
+    world_size: int,
+    space: Space,
+    budget: int,
+    measure: Measure,
+    *,
+    is_exhaustive: bool = False,
 ) -> tuple[Candidate, list[dict[str, Any]]]:
     """Search one dimension after the other from the configured settings, until a round finds nothing faster.
 
@@ -91,6 +99,7 @@ def tune(
         space: from `search_space`, or a part of it.
         budget: bytes of memory of one rank.
         measure: runs a trial.
+        is_exhaustive: try every combination instead.
 
     Returns:
         The fastest, and a row for each candidate that was looked at, with `error` where it did not fit or failed.
@@ -100,7 +109,10 @@ def tune(
     """
     trials = _Trials(config, planner, world_size, budget, measure)
     best = _start(config, space)
-    before = None
+    if is_exhaustive:
+        everything = [replace(best, **dict(zip(space, values, strict=True))) for values in product(*space.values())]
+        best = min(everything, key=trials.cost)
+    before = best if is_exhaustive else None
     while best != before:
         before = best
         for dimension in space:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 22}
+CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 22
 """Values at once: their float32 copies stay in the cache."""
 
 
@@ -63,12 +63,12 @@ class _GroupNormSiLU(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         y = _normalise(x, weight, bias, ctx.groups, ctx.eps)[0]
         grad = torch.ops.aten.silu_backward.grad_input(grad, y, grad_input=y)  # in y's place: fresh memory is slow
-        if mean.dtype != torch.float32:
-            mean, rstd = _statistics(x, mean, ctx.eps)
-        elif x.is_cpu and x.is_contiguous():
+        if _has_exact_backward(x):
             B, C = x.shape[:2]
             options = B, C, x[0, 0].numel(), ctx.groups, [True] * 3
             return *torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *options), None, None
+        if mean.dtype != torch.float32:
+            mean, rstd = _statistics(x, mean, ctx.eps)
         return *_backward_in_place(grad, x, mean, rstd, weight.float()), None, None
 
 
@@ -77,8 +77,7 @@ def _normalise(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
     B, C = x.shape[:2]
     if _has_kernel(x):
         return torch.native_group_norm(x, weight, bias, B, C, x[0, 0].numel(), groups, eps)
-    variance, mean = torch.var_mean(x.float().unflatten(1, (groups, -1)), dim=(2, 3, 4, 5), correction=0)
-    rstd = torch.rsqrt(variance + eps)
+    mean, rstd = _statistics(x, _per_group(x.mean((2, 3, 4), dtype=torch.float32), groups), eps)
     scale = _per_channel(rstd, C) * weight.float()
     shift = bias.float() - _per_channel(mean, C) * scale
     shape = (B, C, 1, 1, 1)
@@ -90,16 +89,24 @@ def _has_kernel(x: Tensor) -> bool:
     return x.is_contiguous() or x.is_cpu
 
 
-def _statistics(x: Tensor, rounded_mean: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1/std, (B, groups) float32, where PyTorch's kernel rounded them: half precision on GPUs."""
-    mean = rounded_mean.float()
+def _has_exact_backward(x: Tensor) -> bool:
+    """Whether PyTorch's backward is fast in this layout, and is given float32 statistics."""
+    return x.is_contiguous() and x.is_cpu
+
+
+def _statistics(x: Tensor, around: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1/std, (B, groups) float32, from what is nearly the mean; for GPUs.
+
+    There, PyTorch's kernel knows one layout and rounds what it keeps of half precision.
+    """
+    mean = around.float()
     middle = _per_channel(mean, x.shape[1])[..., None, None, None]
     sums = torch.zeros(2, *x.shape[:2], device=x.device)
     for part in x.split(_slices(x), 2):
-        offset = part.float() - middle
+        offset = torch.sub(part, middle)
         sums[0] += offset.sum((2, 3, 4))
         sums[1] += offset.square_().sum((2, 3, 4))
-    offset, square = (_per_group(each, mean.shape[1]) / x[0, 0].numel() for each in sums)
+    offset, square = (_per_group(each / x[0, 0].numel(), mean.shape[1]) for each in sums)
     return mean + offset, torch.rsqrt(square - offset.square() + eps)
 
 
@@ -131,7 +138,7 @@ def _backward_in_place(
 
 
 def _slices(x: Tensor) -> int:
-    return max(1, CHUNK[x.device.type] // x[:, :, 0].numel())
+    return max(1, (CPU_CHUNK if x.is_cpu else GPU_CHUNK) // x[:, :, 0].numel())
 
 
 def _per_group(per_channel: Tensor, groups: int) -> Tensor:

@@ -73,6 +73,19 @@ def test_it_is_near_the_best_of_an_exhaustive_search_with_far_fewer_trials() -> 
             assert "out of memory" in {row.get("error") for row in rows}
 
 
+def test_exhaustive_tries_everything_once() -> None:
+    small = space() | {"num_workers": (0, 4), "zero_stage": (0, 1), "activation_checkpointing": ("none", "full")}
+    tried: list[Candidate] = []
+
+    def measure(candidate: Candidate) -> dict[str, Any]:
+        tried.append(candidate)
+        return {"samples_s": [seconds(candidate)]}
+
+    best, rows = tune(CONFIG, planner(), RANKS, small, 10 * GIB, measure, is_exhaustive=True)
+    assert len(rows) == len(set(tried)) == np.prod([len(values) for values in small.values()])
+    assert seconds(best) == min(map(seconds, tried))
+
+
 def test_what_the_planner_refuses_is_not_tried() -> None:
     budget = int(planner().plan("norm", 2).total / USABLE) + 1
     tried: list[Candidate] = []
