@@ -37,6 +37,19 @@ def test_train_template_where_the_site_sends_the_jobs_own_signal(
     assert losses(run) == pytest.approx(losses(alone), rel=ROUNDING)
 
 
+def test_train_template_comes_back_no_more_often_than_allowed(
+    cluster: Cluster, tiny_packed: Path, tmp_path: Path
+) -> None:
+    run, words = tmp_path / "run", ["--export=ALL,MAX_REQUEUES=0", "--cpus-per-task=1"]
+    settings = ["--data", tiny_packed, "--out", run, *STEPS, "training.num_steps=100000"]
+    job = cluster.sbatch(*words, TEMPLATES / "train.sbatch", *settings, cwd=tmp_path)
+    wait_for(lambda: losses(run), lambda: f"{cluster.job(job)}: {read_logs(tmp_path)}")
+    cluster.run("scancel", "--signal=USR2", job)
+    wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", lambda: str(cluster.job(job)))
+    assert "stopped by SIGUSR2 at step" in read_logs(tmp_path)
+    assert cluster.job(job)["Restarts"] == "0" and "requeued" not in read_logs(tmp_path)
+
+
 def test_scaling_template(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
     words = [tmp_path / "out", "--data", tiny_packed, "--engines", "1", "--rounds", "1", "--repeats", "2", *TINY]
     resources = ["--nodes=2", "--cpus-per-task=1"]

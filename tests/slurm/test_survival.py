@@ -133,3 +133,20 @@ def test_it_ends_as_if_nothing_had_been(cluster: Cluster, runs: Runs, alone: Pat
     assert losses(out) == pytest.approx(losses(alone), rel=ROUNDING)
     if name == "hanging rank":
         assert "nothing was done in the 10 s (training.hang_timeout_s) after step" in said
+
+
+def test_a_crash_loop_ends_with_the_reason(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    out, profile = tmp_path / "run", tmp_path / "two_crashes.yaml"
+    base = yaml.safe_load(list_profiles()["devcluster"].read_text())
+    profile.write_text(yaml.safe_dump(base | {"max_crashes": 2}))
+    words = ["--out", out, "--data", tiny_packed, *STEPS, "training.num_steps=100000"]
+    job = submitted(cluster, "train", "--cluster", profile, *words)
+    for restarts in ("0", "1"):
+        wait_for(
+            lambda start=restarts: cluster.job(job)["Restarts"] == start and cluster.ranks(job),
+            lambda: str(cluster.job(job)),
+        )
+        os.kill(cluster.ranks(job)[0], signal.SIGKILL)
+    said = cluster.run("hpc-ddpm", "jobs", "logs", "-f", out, timeout_s=300)
+    assert "2 starts in a row without progress, the last: " in said
+    assert (shown(cluster, out)["state"], cluster.job(job)["Restarts"]) == ("FAILED", "1")
