@@ -85,7 +85,7 @@ def real_torchrun() -> Run:
     """Run `python ARGUMENTS` on n ranks under torchrun and return the finished process."""
 
     def run(
-        num_ranks: int, *arguments: str | Path, timeout_s: int = 300, **variables: str
+        num_ranks: int, *arguments: str | Path, timeout_s: int = 900, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
         command = [sys.executable, *launcher, *map(str, arguments)]
