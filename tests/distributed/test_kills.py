@@ -12,18 +12,24 @@ from pathlib import Path
 import pytest
 
 from hpc_ddpm.checkpoint import latest_checkpoint
+from hpc_ddpm.config import load_config
+from hpc_ddpm.data.pack import pack
+from hpc_ddpm.data.phantom import write_phantoms
 from hpc_ddpm.runlog import read_metrics
 from tests.conftest import TINY, rank_environment, torchrun_variables
 from tests.forks import Fork
 
 KILLS = int(os.environ.get("HPC_DDPM_KILLS", "3"))
 """20 is the claim; each takes some seconds."""
+PRESET = os.environ.get("HPC_DDPM_KILLS_PRESET", "")
+"""Train this instead of a tiny network; `demo` is the claim."""
 STEPS = 20 + 10 * KILLS
 
 
 def start(fork: Callable[..., Fork], run: Path, packed: Path, settings: Sequence[str] = ()) -> list[Fork]:
     """The ranks of `hpc-ddpm train`, as a launcher starts them, with their output in files beside the run."""
     settings = [
+        *(["--config", PRESET] if PRESET else TINY),
         *settings,
         f"training.num_steps={STEPS}",
         "training.checkpoint_every_steps=5",
@@ -34,7 +40,7 @@ def start(fork: Callable[..., Fork], run: Path, packed: Path, settings: Sequence
     processes = []
     for rank, variables in enumerate(torchrun_variables(2)):
         with Path(os.devnull).open("w") as stdout, stderr_of(run, rank).open("w") as stderr:
-            processes.append(fork([*command, *TINY, *settings], rank_environment() | variables, stdout, stderr))
+            processes.append(fork([*command, *settings], rank_environment() | variables, stdout, stderr))
     return processes
 
 
@@ -76,16 +82,27 @@ def wait_for_progress(run: Path, processes: list[Fork]) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture
+def packed(tiny_packed: Path, tmp_path: Path) -> Path:
+    """What the network fits."""
+    if not PRESET:
+        return tiny_packed
+    data = load_config(PRESET).config.data
+    write_phantoms(tmp_path / "source", 10, data.size, 0, data.modalities, data.labels)
+    pack(tmp_path / "source", tmp_path / "packed", data)
+    return tmp_path / "packed"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_at_random_moments_the_loss_sequence_is_the_same(
-    fork: Callable[..., Fork], tiny_packed: Path, tmp_path: Path
+    fork: Callable[..., Fork], packed: Path, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert finish(whole, start(fork, whole, tiny_packed)) == [0, 0]
+    assert finish(whole, start(fork, whole, packed)) == [0, 0]
     chance = random.Random(0)
     for _ in range(KILLS):
-        processes = start(fork, killed, tiny_packed)
+        processes = start(fork, killed, packed)
         if chance.random() < 0.8:
             wait_for_progress(killed, processes)
             time.sleep(chance.uniform(0, 1.5))
@@ -93,7 +110,7 @@ def test_killed_at_random_moments_the_loss_sequence_is_the_same(
             time.sleep(chance.uniform(0, 2))
         kill(processes, chance)
         finish(killed, processes)
-    assert finish(killed, start(fork, killed, tiny_packed)) == [0, 0]
+    assert finish(killed, start(fork, killed, packed)) == [0, 0]
     losses = [[row["loss"] for row in read_metrics(run)] for run in (whole, killed)]
     assert len(losses[0]) == STEPS
     assert losses[0] == losses[1]
