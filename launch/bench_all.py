@@ -16,12 +16,15 @@ from hpc_ddpm.errors import HpcDdpmError
 from hpc_ddpm.files import write_text
 
 
-def bench_all(out: Path, words: Sequence[str], packed: Path | None, minutes: float, price: float | None) -> int:
+def bench_all(
+    out: Path, words: Sequence[str], stage: int, packed: Path | None, minutes: float, price: float | None
+) -> int:
     """Run train, sample, comm, data and scaling, and write NAME.json, summary.md and report.html into `out`.
 
     Args:
         out: results folder.
         words: configuration and settings, as the commands take them.
+        stage: of ZeRO that they ask for; scaling has it beside DDP, and no other.
         packed: dataset; None is synthetic.
         minutes: for everything.
         price: of a GPU-hour.
@@ -33,7 +36,7 @@ def bench_all(out: Path, words: Sequence[str], packed: Path | None, minutes: flo
 
     is_gpu = torch.cuda.is_available()
     count = torch.cuda.device_count() if is_gpu else num_cores()
-    commands = _commands(out, words, packed, count, [] if price is None else ["--price", str(price)])
+    commands = _commands(out, words, stage, packed, count, [] if price is None else ["--price", str(price)])
     end, lines, reports = time.monotonic() + 60 * minutes, [], {}
     for number, (name, command) in enumerate(commands.items()):
         left = end - time.monotonic()
@@ -56,7 +59,7 @@ def bench_all(out: Path, words: Sequence[str], packed: Path | None, minutes: flo
 
 
 def _commands(
-    out: Path, words: Sequence[str], packed: Path | None, count: int, price: list[str]
+    out: Path, words: Sequence[str], stage: int, packed: Path | None, count: int, price: list[str]
 ) -> dict[str, list[str]]:
     """The most valuable first; with one GPU or core there is nothing to talk to."""
     data = [] if packed is None else ["--data", str(packed)]
@@ -66,7 +69,8 @@ def _commands(
         del commands["comm"]
         return commands
     points = ",".join(str(2**power) for power in range(count.bit_length()))
-    return commands | {"scaling": ["scaling", *words, *data, *price, "--gpus", points, "--out", str(out)]}
+    scope = ["--gpus", points, "--engines", f"ddp,{stage}", "--rounds", "2"]
+    return commands | {"scaling": ["scaling", *words, *data, *price, *scope, "--out", str(out)]}
 
 
 def _write_page(out: Path, reports: dict[str, Report]) -> None:

@@ -221,9 +221,9 @@ def everything(
     from hpc_ddpm.config import load_config
     from launch.bench_all import bench_all
 
-    load_config(config, overrides or [])
+    stage = load_config(config, overrides or []).config.training.zero_stage
     words = [*(["--config", config] if config else []), *(overrides or [])]
-    raise typer.Exit(bench_all(out, words, packed, minutes, price))
+    raise typer.Exit(bench_all(out, words, stage, packed, minutes, price))
 
 
 @bench_app.command()

@@ -63,10 +63,10 @@ def to_page(reports: Mapping[str, Report]) -> tuple[str, str]:
         if report["benchmark"] == "gpu-check":
             results = {row["part"]: row for row in report["rows"]}
             add(f"GPU check {name}", ("text", to_markdown(results, "")))
-        elif report["benchmark"] in ("scaling", "comm"):
-            add(
-                f"{report['benchmark'].capitalize()} {name}", *_scaling_figures(report), ("text", report_tables(report))
-            )
+        elif report["benchmark"] in ("data", "scaling", "comm"):
+            kind = report["benchmark"].capitalize()
+            title = kind if kind.lower() == name else f"{kind} {name}"
+            add(title, *_scaling_figures(report), ("text", report_tables(report)))
         elif name not in runs:
             add(name, ("table", rows_table(report["rows"])))
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Benchmark report</title><style>{STYLE}</style>'

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hpc_ddpm.benchmark.data.report import stage_tables
 from hpc_ddpm.benchmark.figures import figures_table
 from hpc_ddpm.benchmark.record import table
 from hpc_ddpm.benchmark.scaling.curve import curve_table, parts_table, sentences
 
 
 def report_tables(report: Mapping[str, Any]) -> str:
-    """Of `bench train`, `sample`, `comm` or `scaling`."""
+    """Of `bench train`, `sample`, `data`, `comm` or `scaling`."""
     rows, settings = report["rows"], report["settings"]
+    if report["benchmark"] == "data":
+        titled = ((f"{title}:", *tables) for title, tables in stage_tables(rows).items())
+        return "\n\n".join(block for blocks in titled for block in blocks)
     if report["benchmark"] == "comm":
         return f"{_ring(settings)}\n\n{comm_table(rows)}"
     if report["benchmark"] != "scaling":

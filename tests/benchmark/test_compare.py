@@ -13,13 +13,14 @@ import pytest
 
 from hpc_ddpm.benchmark.compare import compare
 from hpc_ddpm.benchmark.figures import make_row
+from hpc_ddpm.benchmark.gpu_check.run import rows_table
 from hpc_ddpm.benchmark.page import to_page
-from hpc_ddpm.benchmark.record import Report, environment, new_report, write_report
+from hpc_ddpm.benchmark.record import Report, environment, new_report, read_report, write_report
 from hpc_ddpm.benchmark.timing import spread
 from hpc_ddpm.config import load_config
 from hpc_ddpm.errors import DataFormatError
 from launch.cli import main
-from tests.conftest import TINY
+from tests.conftest import REPOSITORY, TINY
 
 CEILINGS = {"matmul_flops": 1e12, "copy_bytes_per_s": 1e11}
 WHERE = environment()
@@ -84,7 +85,7 @@ def test_other_reports_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="runs of sample and train found"):
         compare([(run(1.0), run(1.0, what="sample"))])
     with pytest.raises(DataFormatError, match="a report of `bench data`"):
-        compare([(run(1.0), new_report("data", WHERE, {}, [{"ms": 1}]))])
+        compare([(run(1.0), new_report("peers", WHERE, {}, [{"ms": 1}]))])
 
 
 @pytest.mark.parametrize(("share", "code"), [("5%", 2), ("0.3", 0)])
@@ -111,7 +112,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "b.json": run(1.2, seed=1),
         "s.json": run(2.0, what="sample"),
         "check.json": new_report("gpu-check", WHERE, {}, check),
-        "data.json": new_report("data", WHERE, {}, [{"contestant": "ours", "volumes_per_s": 3.0}]),
+        "data.json": new_report("peers", WHERE, {}, [{"contestant": "ours", "volumes_per_s": 3.0}]),
     }
     for name, report in reports.items():
         write_report(tmp_path / name, report)
@@ -135,3 +136,12 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     with pytest.raises(SystemExit) as caught:
         main()
     return int(caught.value.code or 0)
+
+
+def test_the_page_shows_what_reading_takes() -> None:
+    report = read_report(REPOSITORY / "docs" / "benchmarks" / "data.json")
+    page, markdown = to_page({"data": report})
+    ours = next(row for row in report["rows"] if row["workers"] is None and row["cache"] == "warm")
+    assert f"{ours['ms']['median']:.2f} (" in page and f"{ours['ms']['median']:.2f} (" in markdown
+    assert "<h2>Data</h2>" in page and "p10" not in page.split("<h2>Data</h2>")[1]
+    assert rows_table([{"ms": {"median": 1.5}}]).endswith("| median 1.5 |")

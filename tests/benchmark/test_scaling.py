@@ -174,18 +174,18 @@ def test_a_failing_part_is_named_and_the_rest_goes_on(
     def run_limited(command: Sequence[str], path: Path, limit_s: float, device: str) -> dict[str, Any]:
         if "sample" in command:
             return {"error": "exit code 1", "log": "…\nno kernel image", "seconds": 1.0}
-        report = new_report("data", environment(), {}, [{"contestant": path.stem}])
+        report = new_report("peers", environment(), {}, [{"contestant": path.stem}])
         path.write_text(json.dumps(report))
         return {**report, "seconds": 1.0}
 
     monkeypatch.setattr(bench_all, "run_limited", run_limited)
     monkeypatch.setattr(bench_all, "num_cores", lambda: 4)
-    assert bench_all.bench_all(tmp_path, ["--config", "demo"], None, 5, None) == 2
+    assert bench_all.bench_all(tmp_path, ["--config", "demo"], 1, None, 5, None) == 2
     summary = (tmp_path / "summary.md").read_text()
     assert [line.split()[1] for line in summary.splitlines()[2:]] == ["train", "sample", "comm", "data", "scaling"]
     assert "exit code 1: no kernel image" in capsys.readouterr().out
     assert "scaling" in (tmp_path / "report.html").read_text()
-    assert bench_all.bench_all(tmp_path, [], None, 0.1, None) == 2
+    assert bench_all.bench_all(tmp_path, [], 1, None, 0.1, None) == 2
     assert "no time left" in capsys.readouterr().out
 
 

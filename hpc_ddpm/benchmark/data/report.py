@@ -31,9 +31,8 @@ def to_markdown(report: Report) -> str:
     """A page with all figures."""
     settings = report["settings"]
     parts = ["# Reading one subject", describe(report["environment"]), _what(settings), HOW]
-    for stage, title in STAGES.items():
-        rows = [row for row in report["rows"] if row["stage"] == stage]
-        parts += [f"## {title}", _alone(rows), _workers(rows)]
+    for title, tables in stage_tables(report["rows"]).items():
+        parts += [f"## {title}", *tables]
     if settings["missing"]:
         parts.append(
             "Not measured: "
@@ -42,6 +41,12 @@ def to_markdown(report: Report) -> str:
         )
     parts += ["## Aims", "Warm where nothing else is said, without workers.", _aims(report["rows"])]
     return "\n\n".join(parts) + "\n"
+
+
+def stage_tables(rows: Rows) -> dict[str, tuple[str, str]]:
+    """By what was measured: alone, and with workers."""
+    of_stages = {title: [row for row in rows if row["stage"] == stage] for stage, title in STAGES.items()}
+    return {title: (_alone(each), _workers(each)) for title, each in of_stages.items()}
 
 
 def _what(settings: dict[str, Any]) -> str:

@@ -140,5 +140,7 @@ def _cell(value: Any) -> str:
         return "yes" if value else "**no**"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        value = [f"{key} {_cell(each)}" for key, each in value.items()]
     text = "; ".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)
     return text.replace("|", "/").replace("\n", " ")
