@@ -96,7 +96,7 @@ def submit_bench(words: list[str], profile: Profile, *, dry_run: bool) -> None:
     if "json_file" in given:
         results = ["--out", f"{out / name}.md", "--json", f"{out / name}.json"]
     else:
-        results = ["--out", f"{out / name}.yaml" if "config" in given else str(out / name)]
+        results = ["--out", f"{out / name}.yaml" if name == "tune" else str(out / name)]
     is_shared = "work" in given
     work = ["--work", str(out)] if is_shared and given["work"] is None else []
     shape = (profile.nodes, profile.gpus_per_node) if is_shared else (1, 1)

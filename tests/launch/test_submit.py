@@ -130,6 +130,7 @@ def test_a_benchmark_is_one_job(laptop: Cli, tmp_path: Path) -> None:
     assert "#SBATCH --ntasks-per-node=8" in train
     assert f"--out {tmp_path}/train.md --json {tmp_path}/train.json --work {tmp_path}" in train
     assert f"--out {tmp_path}/tune.yaml" in laptop("submit", "bench", "tune", *common).stdout
+    assert f"--out {tmp_path}/all\n" in laptop("submit", "bench", "all", *common).stdout
     check = laptop("submit", "bench", "gpu-check", *common).stdout
     assert "request: 1 node × 1 GPU for" in check
     for words, part in ([["report"], "'report' is no benchmark"], [["train"], "give submit bench train --out FOLDER"]):
