@@ -84,7 +84,7 @@ def test_pairs_are_not_fooled_by_a_machine_that_drifts() -> None:
 def test_other_reports_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="runs of sample and train found"):
         compare([(run(1.0), run(1.0, what="sample"))])
-    with pytest.raises(DataFormatError, match="a report of `bench data`"):
+    with pytest.raises(DataFormatError, match="a report of `bench peers`"):
         compare([(run(1.0), new_report("peers", WHERE, {}, [{"ms": 1}]))])
 
 
