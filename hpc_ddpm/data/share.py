@@ -210,7 +210,12 @@ class Share:
             self._num_steps += 1
             if damaged:
                 return
-            write_shard(path, shard, files, self.job.plan.config, self.writer.scratch)
+            try:
+                write_shard(path, shard, files, self.job.plan.config, self.writer.scratch)
+            except DataFormatError:
+                if self.job.entry_path(shard).exists():  # another who had the claim too has published it: its rows went
+                    return
+                raise
         entry = describe_shard(path, shard, left_out)
         write_json(self.job.entry_path(shard), entry, scratch=self.writer.scratch)
         for row in shard.rows:

@@ -26,6 +26,7 @@ from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.discover import Subject
 from hpc_ddpm.data.pack import PackReport, pack
 from hpc_ddpm.data.phantom import write_phantoms
+from hpc_ddpm.data.plan import Shard
 from hpc_ddpm.data.preprocess import Prepared
 from hpc_ddpm.data.shards import ShardEntry, open_packed, shard_name, write_index
 from hpc_ddpm.data.team import Team, default_workers, detect_team
@@ -37,6 +38,8 @@ SIZE = (16, 16, 16)
 SHARD_GIB = 3 * 16**3 * 3 / 2**30
 SETTINGS = [f"data.size={list(SIZE)}", f"data.shard_size_gib={SHARD_GIB}"]
 NUM_SUBJECTS = 11
+
+PUBLISH, WRITE_SHARD = share.Share._publish, share.write_shard
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -219,6 +222,28 @@ def test_fifty_kills_of_one_rank_or_all(source: Path, tmp_path: Path, serial: di
     pack(source, out, small(), skip_bad=True)
     assert num_sets > 0
     assert files(out) == serial
+
+
+def test_a_shard_that_another_publishes_meanwhile_is_left_to_it(
+    source: Path, tmp_path: Path, serial: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two can hold the claim of one that died: the first takes the rows away while the second reads them."""
+    late: list[str] = []
+
+    def publish_first(writer: share.Share, shard: Shard, found: share.Found) -> None:
+        def write_after(*given: Any) -> None:
+            monkeypatch.setattr(share, "write_shard", WRITE_SHARD)
+            PUBLISH(writer, shard, found)
+            late.append(shard.name)
+            WRITE_SHARD(*given)
+
+        monkeypatch.setattr(share, "write_shard", write_after)
+        PUBLISH(writer, shard, found)
+
+    monkeypatch.setattr(share.Share, "_publish", publish_first)
+    pack(source, tmp_path / "out", small(), skip_bad=True)
+    assert late == sorted(name for name in serial if name != "index.json")
+    assert files(tmp_path / "out") == serial
 
 
 def files_only(folder: Path) -> dict[str, bytes]:

@@ -20,12 +20,13 @@ from hpc_ddpm.runlog import read_metrics
 from hpc_ddpm.training.guards import SPIKE_SCORE, SpikeDetector
 from tests.conftest import TINY
 from tests.distributed.test_kills import finish, start, stderr_of
-from tests.distributed.test_training import RUNS, Torchrun, losses
+from tests.distributed.test_training import FP16, RUNS, Torchrun, losses
 from tests.forks import Fork
 
+PRECISIONS = {"fp32": ["training.precision=fp32"], "bf16": ["training.precision=bf16"], "fp16": FP16}
 WAYS = {
-    f"{precision}-{stage}": [f"training.precision={precision}", f"training.zero_stage={stage}"]
-    for precision in ("fp32", "bf16", "fp16")
+    f"{precision}-{stage}": [*settings, f"training.zero_stage={stage}"]
+    for precision, settings in PRECISIONS.items()
     for stage in ((1, 2, 3) if precision == "fp16" else (0, 1, 2, 3))
 }
 CLIP = "training.gradient_clip=1"
