@@ -21,7 +21,7 @@ from hpc_ddpm.training.meter import peak_memory_gib
 def allow_fp16_on_cpu() -> None:
     """Slow there, but arithmetic like any other. The loss scale starts so high that it must fall."""
     ours = engine.deepspeed_config
-    engine.deepspeed_config = lambda *given: ours(*given) | {"fp16": ours(*given)["fp16"] | {"initial_scale_power": 24}}
+    engine.deepspeed_config = lambda *given: ours(*given) | {"fp16": ours(*given)["fp16"] | {"initial_scale_power": 20}}
     engine.resolve_precision = lambda precision, *where: precision
     engine.import_deepspeed(torch.device("cpu")).accelerator.get_accelerator().is_fp16_supported = lambda: True
 
