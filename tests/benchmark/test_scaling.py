@@ -191,18 +191,18 @@ def test_a_failing_part_is_named_and_the_rest_goes_on(
 
 @pytest.mark.slow
 def test_engines_race_on_real_ranks(cli: Run, tmp_path: Path) -> None:
-    words = ["--gpus", "1,2", "--engines", "ddp,0,1,2,3", "--rounds", "1", "--repeats", "2", "-q"]
+    words = ["--gpus", "1,2", "--engines", "ddp,0,1,3", "--rounds", "1", "--repeats", "2", "-q"]
     settings = ["training.global_batch=2", "training.learning_rate=1e-4"]
     done = cli("bench", "scaling", *TINY, *settings, *words, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     report = read_report(tmp_path / "scaling.json")
     rows = [row for row in report["rows"] if row["kind"] == "measured"]
     assert [(row["gpus"], row["contestant"]) for row in rows] == [
-        (count, name) for count in (1, 2) for name in ("ddp", "zero0", "zero1", "zero2", "zero3")
+        (count, name) for count in (1, 2) for name in ("ddp", "zero0", "zero1", "zero3")
     ]
-    assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-4) for row in rows[:5])
-    assert all(row["loss"] == pytest.approx(rows[5]["loss"], rel=1e-4) for row in rows[5:])
-    assert all(row["communication_share"] > 0 for row in rows[5:])
+    assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-4) for row in rows[:4])
+    assert all(row["loss"] == pytest.approx(rows[4]["loss"], rel=1e-4) for row in rows[4:])
+    assert all(row["communication_share"] > 0 for row in rows[4:])
     assert all(min(row["parts_s"].values()) >= 0 for row in rows)  # what hides communication leaves 0 of it
     assert all(row["checkpoint_gib"] > 0 for row in rows if row["contestant"] != "ddp")
     assert {row["operation"] for row in report["rows"] if row["kind"] == "collective"} == set(OPERATIONS)
