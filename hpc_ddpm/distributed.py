@@ -29,14 +29,15 @@ T = TypeVar("T")
 FAILED = 1000
 """Above every signal number."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-KNOWN_BAD_CUDNN = range(90_800, 91_100)
-"""bf16 conv3d gives wrong results in these cuDNN versions (pytorch#163539)."""
+KNOWN_BAD_CUDNN = range(90_800, 91_500)
+"""bf16 conv3d is wrong up to 9.10 (pytorch#163539); PyTorch goes round these up to 9.14, slowly (pytorch#166643)."""
 BAD_CPU_DEPTH = 2
 """bf16 weight gradients of conv3d hold uninitialised memory at this depth (seen in PyTorch 2.13, AVX512-BF16)."""
 LOST = re.compile(r"Connection (closed by peer|reset|refused)|[Tt]imed out|[Tt]imeout|NCCL (error|communicator)")
 """How torch says that another rank is gone."""
 TIMEOUT_S = 1800.0
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -180,11 +181,11 @@ def process_group(ranks: Ranks, timeout_s: float = TIMEOUT_S) -> Iterator[torch.
     environment = dict(os.environ)
     try:
         if ranks.world_size == 1:
-            _export(ranks, "127.0.0.1", 0)
+            _export(ranks, device, "127.0.0.1", 0)
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             address, port = _meeting_point(ranks)
-            _export(ranks, address, port)
+            _export(ranks, device, address, port)
             dist.init_process_group(
                 backend,
                 init_method=f"tcp://{address}:{port}" if ranks.started_by != "torchrun" else "env://",
@@ -207,10 +208,11 @@ def process_group(ranks: Ranks, timeout_s: float = TIMEOUT_S) -> Iterator[torch.
     finally:
         gc.collect()  # engines in reference cycles hold communication threads
         if dist.is_initialized():
-            dist.destroy_process_group()
+            deepspeed = sys.modules.get("deepspeed.comm.comm")  # forgets the groups that it keeps
+            (deepspeed if deepspeed and deepspeed.cdb else dist).destroy_process_group()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        for name in RANK_VARIABLES:  # what this process starts later is no rank of this group
+        for name in (*RANK_VARIABLES, OPEN_MPI_LOCAL_RANK):  # what this process starts later is no rank of this group
             os.environ.pop(name, None)
             if name in environment:
                 os.environ[name] = environment[name]
@@ -233,10 +235,16 @@ def _free_port() -> int:
         return port
 
 
-def _export(ranks: Ranks, address: str, port: int) -> None:
-    """What torch and DeepSpeed look up; with all of it set, DeepSpeed does not try MPI by itself."""
-    facts = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size, address, port)
+def _export(ranks: Ranks, device: torch.device, address: str, port: int) -> None:
+    """What torch and DeepSpeed look up; with all of it set, DeepSpeed does not try MPI by itself.
+
+    To DeepSpeed the local rank is the GPU's index, which is 0 on every rank where a task sees its own GPU only.
+    """
+    local_rank = ranks.local_rank if device.index is None else device.index
+    facts = (ranks.rank, ranks.world_size, local_rank, ranks.local_world_size, address, port)
     os.environ.update({name: str(value) for name, value in zip(RANK_VARIABLES, facts, strict=True)})
+    if OPEN_MPI_LOCAL_RANK in os.environ:  # DeepSpeed asks for the same
+        os.environ[OPEN_MPI_LOCAL_RANK] = str(local_rank)
 
 
 def give_back_freed_memory() -> None:
@@ -307,7 +315,10 @@ def resolve_precision(precision: str, device: torch.device, depths: Sequence[int
     cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
     is_bad = cudnn is not None and cudnn in KNOWN_BAD_CUDNN
     if precision == "bf16" and is_bad:
-        raise ConfigError(f"cuDNN {cudnn} computes bf16 conv3d wrongly; install 9.15 or newer, or precision=fp32")
+        raise ConfigError(
+            f"cuDNN {cudnn} computes bf16 conv3d wrongly, or PyTorch does without it; install 9.15 or newer, "
+            "or precision=fp32"
+        )
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if precision != "auto":

@@ -83,7 +83,7 @@ def _gpu() -> Iterator[Finding]:
     yield Finding("gpu", "pass", f"{torch.cuda.device_count()} × {', '.join(names)}, CUDA {torch.version.cuda}")
     cudnn = torch.backends.cudnn.version() or 0
     if cudnn in KNOWN_BAD_CUDNN:
-        yield Finding("cudnn", "fail", f"{cudnn} computes bf16 conv3d wrongly", "install torch ≥ 2.10 (cuDNN ≥ 9.15)")
+        yield Finding("cudnn", "fail", f"{cudnn} computes bf16 conv3d wrongly or not at all", "install cuDNN ≥ 9.15")
     else:
         yield Finding("cudnn", "pass", str(cudnn))
 

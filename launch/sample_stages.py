@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_ddpm.config import Config, config_from_dict
+from hpc_ddpm.config import Config, config_from_dict, with_overrides
 from hpc_ddpm.distributed import detect_ranks, keep_freed_memory, local_device, resolve_precision
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.files import write_json, writing_to
 from launch.progress import progress_bar
-from launch.stages import with_overrides
 
 if TYPE_CHECKING:
     from hpc_ddpm.sampling.masks import MaskSource

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_ddpm.config import Config, config_from_dict, flatten_config, load_config
+from hpc_ddpm.config import Config, load_config, with_overrides
 from hpc_ddpm.distributed import TIMEOUT_S, Ranks, StopFlag, detect_ranks, process_group
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import write_json, writing_to
@@ -148,27 +148,6 @@ def resume_config(run_dir: Path, source: str | None, overrides: Sequence[str]) -
         wanted = with_overrides(stored, overrides)
     check_resume(run_dir, wanted)
     return wanted
-
-
-def with_overrides(stored: Config, overrides: Sequence[str]) -> Config:
-    """A stored configuration with `section.key=value` changes.
-
-    Raises:
-        ConfigError: unknown key or wrong value.
-    """
-    changes = load_config(None, overrides)
-    given = {key: flatten_config(changes.config)[key] for key in changes.origins}
-    return config_from_dict(_with(stored.dump(), given), "command line")
-
-
-def _with(tree: dict[str, object], changes: Mapping[str, object]) -> dict[str, object]:
-    for key, value in changes.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]  # type: ignore[assignment]
-        node[leaf] = value
-    return tree
 
 
 def demo_stage(out: Path, data: Path | None, num_ranks: int, overrides: Sequence[str], show_progress: bool) -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from hpc_ddpm.distributed import (
+    RANK_VARIABLES,
     Ranks,
     StopFlag,
+    _export,
     detect_ranks,
     first_host,
     local_device,
@@ -109,6 +111,17 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ClusterError, match="4 ranks on this node but 2 visible"):
         local_device(Ranks(3, 4, 3, 4))
+
+
+def test_deepspeed_is_told_the_index_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `srun --gpus-per-task=1` every task sees one, whatever its local rank."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for device, told in ((torch.device("cuda", 0), "0"), (torch.device("cpu"), "3")):
+        _export(Ranks(3, 4, 3, 4), device, "n1", 1)
+        assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == told
+    for name in RANK_VARIABLES:
+        os.environ.pop(name)
 
 
 def test_signals_only_set_a_flag() -> None:

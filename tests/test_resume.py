@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from hpc_ddpm.checkpoint import checkpoint_dir
-from hpc_ddpm.config import Config, load_config
+from hpc_ddpm.checkpoint import FORMAT_VERSION, checkpoint_dir
+from hpc_ddpm.config import Config, load_config, with_overrides
+from hpc_ddpm.data.dataset import VolumeDataset
 from hpc_ddpm.distributed import Ranks, process_group
-from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.errors import ConfigError, HpcDdpmError
 from hpc_ddpm.training.loop import train
-from hpc_ddpm.training.resume import check_resume, stored_config
+from hpc_ddpm.training.resume import check_data, check_resume, stored_config
 from tests.conftest import TINY
 
 
@@ -37,6 +38,51 @@ def test_the_loop_refuses_another_batch_with_the_arithmetic(begun: Path, monkeyp
         train(config("training.global_batch=8"), begun, Ranks(), device)
     assert "\n" not in str(error.value)
     assert stored_config(begun) == config()
+
+
+def test_a_refused_start_leaves_no_trace_to_trip_over(
+    tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPC_DDPM_DEVICE", "cpu")
+    data = f"data.path={tiny_packed}"
+    wrong = {
+        "no data": [],
+        r"data\.fit: .* was packed with crop_pad": [data, "data.fit=resize"],
+        "matches no parameter": [data, "training.freeze=[time_embd]"],
+    }
+    with process_group(Ranks()) as device:
+        for problem, settings in wrong.items():
+            with pytest.raises(HpcDdpmError, match=problem):
+                train(config(*settings), tmp_path / "run", Ranks(), device)
+    check_resume(tmp_path / "run", config("training.freeze=[time_embed]"))
+
+
+def test_other_volumes_are_refused(tiny_packed: Path, tmp_path: Path) -> None:
+    dataset = VolumeDataset(tiny_packed)
+    digest = dataset.digest
+    assert digest == VolumeDataset(tiny_packed).digest
+    (tmp_path / "MANIFEST.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "data_digest": digest}))
+    dataset.subjects = dataset.subjects[1:]
+    with pytest.raises(ConfigError, match="trained on other volumes"):
+        check_data(tmp_path, dataset.digest)
+
+
+def test_the_length_of_a_cosine_is_part_of_it(tmp_path: Path) -> None:
+    cosine = "training.lr_schedule=cosine"
+    (tmp_path / "config.json").write_text(json.dumps(config(cosine).dump()))
+    with pytest.raises(ConfigError, match=r"training\.num_steps 6 -> 12"):
+        check_resume(tmp_path, config(cosine, "training.num_steps=12"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="put it back"):
+        stored_config(tmp_path)
+
+
+def test_changes_are_checked_against_what_the_run_has() -> None:
+    stored = config("training.zero_stage=3", "diffusion.condition_dropout=0.1")
+    changed = with_overrides(stored, ["training.offload_parameters=cpu", "sampling.guidance_scale=2"])
+    assert (changed.training.zero_stage, changed.sampling.guidance_scale) == (3, 2)
+    with pytest.raises(ConfigError, match=r"offload_parameters=cpu needs zero_stage=3, found 1 \(set: .* command line"):
+        with_overrides(config(), ["training.offload_parameters=cpu"])
 
 
 def test_what_may_change_and_what_may_not(begun: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hpc_ddpm.config.loading import (
     load_config,
     presets_dir,
     read_yaml,
+    with_overrides,
 )
 from hpc_ddpm.config.sections import (
     READING_SETTINGS,
@@ -48,4 +49,5 @@ __all__ = [
     "load_config",
     "presets_dir",
     "read_yaml",
+    "with_overrides",
 ]

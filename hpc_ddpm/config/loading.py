@@ -64,6 +64,16 @@ def load_config(source: str | Path | None = None, overrides: Iterable[str] = ())
     return Loaded(_validate(values, origins), origins)
 
 
+def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
+    """A configuration with `section.key=value` changes.
+
+    Raises:
+        ConfigError: unknown key, wrong value, or changes that contradict it.
+    """
+    changes = dict(map(_parse_override, overrides))
+    return _validate(flatten_config(config) | changes, dict.fromkeys(changes, "command line"))
+
+
 def config_from_dict(tree: Mapping[str, Any], where: str) -> Config:
     """Validate a stored configuration (of a run or of weights); `where` names it in errors."""
     values = _flatten(tree, where)

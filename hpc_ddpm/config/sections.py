@@ -424,6 +424,10 @@ class TrainingConfig(Section):
             raise ValueError("offload_optimizer=cpu needs zero_stage 1, 2 or 3")
         if self.offload_parameters != "none" and self.zero_stage != 3:
             raise ValueError(f"offload_parameters=cpu needs zero_stage=3, found {self.zero_stage}")
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), found {list(self.betas)}")
+        if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps are the first and last step, from 1, found {list(self.profile_steps)}")
         if any(not 0 <= decay < 1 for decay in self.ema_extra_decays):
             raise ValueError(f"ema_extra_decays must lie in [0, 1), found {list(self.ema_extra_decays)}")
         if any(not 0 < sigma < 0.28 for sigma in self.ema_power_sigmas):

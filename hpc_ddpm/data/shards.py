@@ -207,6 +207,10 @@ class Packed:
         wanted = {code for code, name in enumerate(SPLITS) if split in (None, name)}
         return [PackedSubject(i, name, SPLITS[code]) for i, (name, code) in rows if code in wanted]
 
+    def checksums(self, index: int) -> tuple[str, str]:
+        """Of a subject's image (all channels) and mask as stored, decoded: CRC-32 in hexadecimal."""
+        return self._index.crc32("image", index), self._index.crc32("mask", index)
+
     def read(self, index: int, image: Array | None = None, mask: Array | None = None) -> tuple[Array, Array]:
         """Image (C, D, H, W) int16 or float32 as stored, and mask (D, H, W) uint8, checked against their CRC.
 

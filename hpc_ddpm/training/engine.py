@@ -64,6 +64,8 @@ class Engine:
         self.ranks = ranks
         self.training = training
         self.precision = resolve_precision(training.precision, device, config.training_depths)
+        if ranks.is_main and device.type == "cuda" and (training.precision, self.precision) == ("auto", "fp32"):
+            warnings.warn("precision=auto is fp32 here: bf16 needs an Ampere GPU and cuDNN 9.15", stacklevel=2)
         self.settings = deepspeed_config(training, ranks.world_size, self.precision)
         deepspeed = import_deepspeed(device)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes up the group that is there
@@ -168,8 +170,14 @@ class Engine:
         return math.nan if norm is None else float(norm)
 
     def close(self) -> None:
-        """Let go of DeepSpeed's hooks and buffers."""
+        """Let go of DeepSpeed's hooks and buffers, and of what it keeps of an engine beyond its end."""
         self.deepspeed.destroy()
+        if self.training.zero_stage == 3:
+            from deepspeed.runtime.zero import parameter_offload
+
+            parameter_offload.FWD_MODULE_STACK.clear()
+            for part in (self.deepspeed.optimizer, self.deepspeed):  # autograd's hooks hold both for good
+                vars(part).clear()
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint's manifest says of this engine's state, besides its tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -32,12 +33,15 @@ from hpc_ddpm.training.meter import Meter
 from hpc_ddpm.training.previews import Previews
 from hpc_ddpm.training.profiling import DATA, OPTIMIZER, Profiler
 from hpc_ddpm.training.profiling import FOLDER as PROFILE
-from hpc_ddpm.training.resume import CONFIG_FILE, check_resume
+from hpc_ddpm.training.resume import CONFIG_FILE, check_data, check_resume
 from hpc_ddpm.training.saver import Saver
 from hpc_ddpm.training.validation import Validation
 from hpc_ddpm.training.watchdog import Watchdog
 
 START_FILE = "start.json"
+GEOMETRY = ("size", "orientation", "voxel_size_mm", "fit", "crop_center")
+AS_PACKED = ("modalities", *GEOMETRY, "normalization", "low", "high", "zscore_clip", "labels")
+"""Of data.*: what the volumes look like. A run prepares masks by its own settings when it samples."""
 OnLog = Callable[[int, Mapping[str, float]], None]
 
 
@@ -82,9 +86,8 @@ def train(
         TrainingError: the loss diverged, and again after `max_rollbacks` roll-backs.
     """
     training = config.training
-    all_or_none(partial(check_resume, run_dir, config))
-    if ranks.is_main:
-        write_json(run_dir / CONFIG_FILE, config.dump(), indent=2)
+    wanted = config
+    all_or_none(partial(_open_run, run_dir, config, ranks))
     folder = agree_on_latest(run_dir / "checkpoints", ranks)
     start = step_of(folder) if folder else 0
     if start >= training.num_steps:
@@ -92,21 +95,39 @@ def train(
     config = config.model_copy(update={"data": agree_with_packed(config.data)})
     config = settle_memory(config, run_dir, ranks, device, on_choice)
     dataset = VolumeDataset(all_or_none(partial(stage, config.data, on_stage)), "train")
+    if folder:
+        all_or_none(partial(check_data, folder, dataset.digest))
     if config.data.cache == "ram":
         dataset.keep_in_ram()
     with nullcontext(stop) if stop else StopFlag() as stop:
         while True:
             try:
-                step, stopped_by = _train_from(folder, config, dataset, run_dir, ranks, device, stop, on_log)
-            except DivergedError as diverged:
-                folder = roll_back(run_dir, diverged, training, ranks)
-            else:
+                step, stopped_by = _train_from(folder, config, wanted, dataset, run_dir, ranks, device, stop, on_log)
                 return TrainResult(step, start, stopped_by if step < training.num_steps else 0)
+            except DivergedError as error:
+                diverged = error.with_traceback(None)  # whose frames hold the engine
+            free_engine(device)
+            folder = roll_back(run_dir, diverged, training, ranks)
+
+
+def _open_run(run_dir: Path, wanted: Config, ranks: Ranks) -> None:
+    check_resume(run_dir, wanted)
+    if ranks.is_main:
+        with writing_to(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def free_engine(device: torch.device) -> None:
+    """Give back the memory of an engine that was closed: it lies in reference cycles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _train_from(
     folder: Path | None,
     config: Config,
+    wanted: Config,
     dataset: VolumeDataset,
     run_dir: Path,
     ranks: Ranks,
@@ -131,6 +152,7 @@ def _train_from(
         watchdog = stack.enter_context(Watchdog(run_dir, ranks.rank, training.hang_timeout_s))
         engine = stack.enter_context(closing(Engine(config, ranks, device, folder)))
         if ranks.is_main:
+            write_json(run_dir / CONFIG_FILE, wanted.dump(), indent=2)  # not before all else has agreed to it
             settings = {"given": engine.settings, "resolved": engine.resolved_settings}
             write_json(run_dir / "deepspeed.json", settings, indent=2)
             if folder is None:
@@ -171,7 +193,7 @@ def _train_from(
                     on_log(logged_step, values)
             if is_save:
                 watchdog.beat(f"step {step}, before a checkpoint")
-                facts = {"config_digest": config.digest(), **engine.facts()}
+                facts = {"config_digest": config.digest(), "data_digest": dataset.digest, **engine.facts()}
                 background = training.async_checkpoints and not is_last
                 saver.save(step, facts, engine.pieces(), background=background)
         stop.agreed(device)  # nothing has failed on any rank
@@ -234,7 +256,7 @@ def agree_with_packed(data: DataConfig) -> DataConfig:
     """The packed dataset's own description, with this run's reading settings and covariates, which may be fewer.
 
     Raises:
-        ConfigError: the run asks for other modalities, labels, size, intensities or covariates than were packed.
+        ConfigError: the run asks for other modalities, labels, geometry, intensities or covariates than were packed.
     """
     from hpc_ddpm.data.shards import open_packed
 
@@ -242,7 +264,7 @@ def agree_with_packed(data: DataConfig) -> DataConfig:
         raise ConfigError("no data: give --data PACKED (or data.path), a folder made by `hpc-ddpm pack`")
     dataset = open_packed(data.path)
     packed = dataset.data
-    for name in ("modalities", "size", "orientation", "normalization", "labels"):
+    for name in AS_PACKED:
         found, wanted = getattr(packed, name), getattr(data, name)
         if found != wanted:
             raise ConfigError(

@@ -45,11 +45,19 @@ MAY_CHANGE = {
 
 
 def stored_config(run_dir: Path) -> Config | None:
-    """What the run was last trained with; None where it has not begun."""
+    """What the run was last trained with; None where it has not begun.
+
+    Raises:
+        ConfigError: no JSON, or settings that this version does not know.
+    """
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         return None
-    return config_from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable ({error}); put it back, or choose another --out") from None
+    return config_from_dict(tree, str(path))
 
 
 def check_resume(run_dir: Path, wanted: Config) -> None:
@@ -65,12 +73,33 @@ def check_resume(run_dir: Path, wanted: Config) -> None:
     before, after = flatten_config(stored), flatten_config(wanted)
     differing = [key for key in after if json.dumps(before[key]) != json.dumps(after[key])]  # also in order
     fixed = [key for key in differing if key not in MAY_CHANGE and not key.startswith("sampling.")]
+    if wanted.training.lr_schedule == "cosine" and "training.num_steps" in differing:
+        fixed.append("training.num_steps")  # every learning rate depends on it
     if fixed == ["training.global_batch"]:
         if not wanted.training.allow_batch_change:
             raise ConfigError(_batch_change(run_dir, stored.training, wanted.training))
     elif fixed:
         shown = "; ".join(f"{key} {before[key]} -> {after[key]}" for key in fixed[:3])
         raise ConfigError(f"{run_dir} was started with other settings: {shown}; choose another --out or keep them")
+
+
+def check_data(checkpoint: Path, digest: str) -> None:
+    """Refuse to go on from a checkpoint with other volumes, which would come in another order.
+
+    Args:
+        checkpoint: folder of a complete one.
+        digest: of the dataset, see `VolumeDataset.digest`.
+
+    Raises:
+        ConfigError: the train split has other subjects or voxels.
+    """
+    from hpc_ddpm.checkpoint import read_manifest
+
+    if read_manifest(checkpoint).get("data_digest", digest) != digest:
+        raise ConfigError(
+            f"{checkpoint} was trained on other volumes than data.path has in its train split; give the same dataset, "
+            f"or begin another run with --from {checkpoint.parent.parent}"
+        )
 
 
 def _batch_change(run_dir: Path, before: TrainingConfig, after: TrainingConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ import pytest
 import torch
 
 from hpc_ddpm.checkpoint import PieceReader, read_manifest, step_dirs, step_of
+from hpc_ddpm.config import load_config
 from hpc_ddpm.data.shards import open_packed
+from hpc_ddpm.distributed import Ranks, process_group
 from hpc_ddpm.runlog import read_metrics
+from hpc_ddpm.training import loop
+from hpc_ddpm.training.engine import Engine
 from hpc_ddpm.training.guards import SPIKE_SCORE, SpikeDetector
 from tests.conftest import TINY
 from tests.distributed.test_kills import finish, start, stderr_of
@@ -80,6 +85,34 @@ def test_a_bad_step_moves_nothing(torchrun: Torchrun, tiny_packed: Path, tmp_pat
         rows = list(read_metrics(run))
         assert math.isfinite(rows[-1]["loss"]) == (kind == "gradient"), run.name
         assert rows[-1]["skipped_steps"] == (0 if "fp16" in run.name else 1), run.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_roll_back_gives_the_engine_back_first(
+    tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """A GPU that one fills has no room for two."""
+    monkeypatch.setenv("HPC_DDPM_DEVICE", "cpu")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    training_loss, engines, losses_left = loop.training_loss, [], [1.0, 1.0, 1.0, 1.0, math.nan]
+
+    def build(*arguments: Any) -> Engine:
+        assert all(before() is None for before in engines)
+        engine = Engine(*arguments)
+        engines.append(weakref.ref(engine.partition.flats[0]))
+        return engine
+
+    def spoil(*arguments: Any) -> torch.Tensor:
+        return training_loss(*arguments) * (losses_left.pop(0) if losses_left else 1)
+
+    monkeypatch.setattr(loop, "Engine", build)
+    monkeypatch.setattr(loop, "training_loss", spoil)
+    settings = [*TINY, f"data.path={tiny_packed}", f"training.zero_stage={stage}", "training.max_bad_steps=1"]
+    settings += ["training.num_steps=2", "training.checkpoint_every_steps=1"]
+    with process_group(Ranks()) as device, pytest.warns(UserWarning, match="skipped on all ranks|back from step"):
+        assert loop.train(load_config(None, settings).config, tmp_path / "run", Ranks(), device).step == 2
+    assert len(engines) == 2
 
 
 @pytest.mark.slow
