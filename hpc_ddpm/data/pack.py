@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +22,14 @@ from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.discover import Discovery, Unmatched, discover
 from hpc_ddpm.data.hooks import check_hooks
-from hpc_ddpm.data.plan import Row, build_plan, build_rows, digest_of
+from hpc_ddpm.data.plan import Row, build_plan, build_rows, digest_at, digest_of
 from hpc_ddpm.data.pool import Progress, run_shares
 from hpc_ddpm.data.shards import INDEX, SPLITS, Index, ShardEntry, open_reader, read_index, write_index
 from hpc_ddpm.data.share import FIRST_WAIT_S, STATE, Job
 from hpc_ddpm.data.split import split_subjects
 from hpc_ddpm.data.team import Team
 from hpc_ddpm.errors import ClusterError, DataFormatError
-from hpc_ddpm.files import writing_to
+from hpc_ddpm.files import fsync, writing_to
 
 MAX_LISTED = 20
 
@@ -90,7 +90,7 @@ def pack(
     found, out = discover(source, config), Path(out)
     config = config.model_copy(update={"layout": found.layout, "path": ""})
     rows, num_written, is_complete = build_rows(config, found.subjects), 0, True
-    if overwrite or not _is_finished(out, config, rows):
+    if not _is_finished(out, config, rows, overwrite):
         purpose = digest_of([*(row.key for row in rows), str(skip_bad)])
         with writing_to(out), _join(out, purpose) as writer:
             plan = build_plan(out, config, rows, overwrite)
@@ -100,14 +100,18 @@ def pack(
                 num_written = run_shares(job, writer, num_workers, team.index, team.size, progress or (lambda *_: None))
                 is_complete = _publish(job, writer)
             if is_complete and writer.leave():
-                _clear_away(out)
+                _clear_away(out, overwrite)
     return _report(out, config, found, num_written, is_complete, skip_bad)
 
 
-def _is_finished(out: Path, config: DataConfig, rows: Sequence[Row]) -> bool:
-    """Whether `out` holds exactly this, and nothing is left to clear away; needs no right to write there."""
-    is_clean = (out / INDEX).exists() and not (out / STATE).exists()
-    return is_clean and not build_plan(out, config, rows, overwrite=False).shards
+def _is_finished(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: bool) -> bool:
+    """Whether `out` holds exactly this, and nothing is left to clear away; writes nothing.
+
+    Raises:
+        DataFormatError: as `build_plan`.
+    """
+    plan = build_plan(out, config, rows, overwrite)
+    return not (plan.shards or overwrite or (out / STATE).exists())
 
 
 @contextmanager
@@ -143,13 +147,35 @@ def _publish(job: Job, writer: Writer) -> bool:
     if errors and (not job.skip_bad or len(errors) == job.plan.num_subjects):
         _forget_errors(job, writer)
         raise _refusal(errors, job.plan.num_subjects)
-    entries, data = _entries(job), job.plan.config.model_dump(mode="json")
-    while not (job.out / INDEX).exists() or read_index(job.out).shards != entries:
+    entries = _entries(job)
+    while not _is_published(job, entries):
         with writer.claim(INDEX) as is_ours:
-            if is_ours:
-                write_index(job.out, data, entries, writer.scratch)
+            if is_ours and not _is_published(job, entries):
+                _give_names(job, writer, entries)
         time.sleep(0 if is_ours else FIRST_WAIT_S)
     return True
+
+
+def _is_published(job: Job, entries: Sequence[ShardEntry]) -> bool:
+    if any(job.shard_path(shard).exists() for shard in job.plan.shards):
+        return False
+    try:
+        return read_index(job.out).shards == entries
+    except DataFormatError:
+        return False
+
+
+def _give_names(job: Job, writer: Writer, entries: list[ShardEntry]) -> None:
+    """Rename the finished shards, then the index that names them; an index that they replace goes first."""
+    write_index(writer.scratch, job.plan.config.model_dump(mode="json"), entries)
+    if job.plan.replaces:
+        (job.out / INDEX).unlink(missing_ok=True)
+    for shard in job.plan.shards:
+        with suppress(FileNotFoundError):  # it has its name
+            job.shard_path(shard).replace(job.out / shard.name)
+    fsync(job.out)
+    (writer.scratch / INDEX).replace(job.out / INDEX)
+    fsync(job.out)
 
 
 def _forget_errors(job: Job, writer: Writer) -> None:
@@ -177,11 +203,11 @@ def _entries(job: Job) -> list[ShardEntry]:
     return [entries[number] for number in sorted(entries)]
 
 
-def _clear_away(out: Path) -> None:
-    """What packing needed, and shards of an earlier plan."""
+def _clear_away(out: Path, overwrite: bool) -> None:
+    """What packing needed and, if `overwrite`, shards that are not of the dataset."""
     kept = {entry["file"] for entry in read_index(out).shards}
-    for path in out.glob("shard-*.h5"):
-        if path.name not in kept:
+    for path in out.glob(f"shard-{'[0-9]' * 5}.h5") if overwrite else ():
+        if path.name not in kept and digest_at(path) is not None:
             path.unlink(missing_ok=True)
     shutil.rmtree(out / STATE, ignore_errors=True)
 

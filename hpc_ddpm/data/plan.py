@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from hpc_ddpm.config import READING_SETTINGS, DataConfig
 from hpc_ddpm.data.discover import Subject
 from hpc_ddpm.data.nifti import volume_files
-from hpc_ddpm.data.shards import INDEX, SPLITS, Index, ShardEntry, config_digest, open_reader, read_index, shard_name
+from hpc_ddpm.data.shards import (
+    FORMAT,
+    INDEX,
+    SPLITS,
+    VERSION,
+    Index,
+    ShardEntry,
+    config_digest,
+    open_reader,
+    read_index,
+    shard_name,
+)
 from hpc_ddpm.errors import DataFormatError
 
 MAX_NAMED = 5
+ELSEWHERE = "pack into another --out, or replace it with --overwrite"
 GONE, CHANGED, MOVED = "not in the source any more", "changed since", "in another split now"
 
 
@@ -66,6 +80,8 @@ class Plan:
     """Of subjects that are or were published."""
     shards: tuple[Shard, ...]
     """To be written."""
+    replaces: bool = False
+    """Whether a published dataset, of which nothing is kept, makes way when all of this one is written."""
 
     @property
     def num_subjects(self) -> int:
@@ -99,21 +115,34 @@ def build_plan(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: bo
         out: a packed dataset, or a folder without one.
         config: of the dataset.
         rows: the wanted subjects, sorted by id.
-        overwrite: unpublish what cannot be kept and plan anew, instead of raising.
+        overwrite: plan anew where what is there cannot be kept, instead of raising.
 
     Raises:
-        DataFormatError: `out` holds a dataset of other settings, or of subjects that changed or are gone.
+        DataFormatError: `out` holds a dataset of other settings, or of subjects that changed or are gone, or a file
+            that must not be replaced has the name of a shard to be written.
     """
-    if not (out / INDEX).exists():
-        return Plan(config, {}, {}, chunks(config, rows, 0))
+    published: list[ShardEntry] = []
+    plan = Plan(config, {}, {}, chunks(config, rows, 0), replaces=(out / INDEX).exists())
+    if plan.replaces:
+        try:
+            index = read_index(out)
+            published = index.shards
+            plan = _extend(out, index, config, rows)
+        except DataFormatError as error:
+            if not overwrite:
+                raise DataFormatError(f"{error}; {ELSEWHERE}") from None
+    _check_names(out, plan, {entry["file"] for entry in published}, overwrite)
+    return plan
+
+
+def digest_at(path: Path) -> str | None:
+    """Digest of the shard at `path` (empty if of another format version); None where no shard of ours is."""
     try:
-        return _extend(out, read_index(out), config, rows)
-    except DataFormatError as error:
-        if not overwrite:
-            advice = "pack into another --out, or replace it with --overwrite"
-            raise DataFormatError(f"{error}; {advice}") from None
-    (out / INDEX).unlink(missing_ok=True)
-    return Plan(config, {}, {}, chunks(config, rows, 0))
+        with h5py.File(path, "r", locking=False) as file:
+            is_of_now = file.attrs.get("version") == VERSION
+            return str(file.attrs["digest"] if is_of_now else "") if file.attrs.get("format") == FORMAT else None
+    except (OSError, KeyError):
+        return None
 
 
 def chunks(config: DataConfig, rows: Sequence[Row], first: int) -> tuple[Shard, ...]:
@@ -146,6 +175,19 @@ def _extend(out: Path, index: Index, config: DataConfig, rows: Sequence[Row]) ->
     _refuse(out, problems)
     new = [row for row in rows if row.subject.id not in taken]
     return Plan(config, kept, splits, (*lost, *chunks(config, new, len(index.shards))))
+
+
+def _check_names(out: Path, plan: Plan, published: Collection[str], overwrite: bool) -> None:
+    """Refuse to write over what no index names: files of others, and shards of something else unless `overwrite`."""
+    for shard in plan.shards:
+        path = out / shard.name
+        if shard.name in published or not os.path.lexists(path):
+            continue
+        digest = digest_at(path)
+        if digest is None:
+            raise DataFormatError(f"{path}: not a shard, but a shard gets this name; move it or choose another --out")
+        if digest != shard.digest and not overwrite:
+            raise DataFormatError(f"{path}: a shard of other settings or subjects, in no {INDEX}; {ELSEWHERE}")
 
 
 def _compare(

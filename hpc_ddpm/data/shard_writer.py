@@ -121,7 +121,7 @@ def describe_shard(path: Path, shard: Shard, left_out: Mapping[int, str]) -> Sha
     with path.open("rb") as raw:
         digest = file_digest(raw, "sha256").hexdigest()
     return ShardEntry(
-        file=path.name,
+        file=shard.name,
         size_bytes=path.stat().st_size,
         sha256=digest,
         digest=shard.digest,

@@ -2,8 +2,10 @@
 
     rows/KEY.h5          a finished row
     rows/KEY.RUN.error   why it cannot be packed, as the start RUN of the command found
-    entries/DIGEST.json  what the index will say of a published shard
+    shards/DIGEST.h5     a finished shard, until all are and it gets its name in the dataset
+    entries/DIGEST.json  what the index will say of it
 
+Digests and keys tell plans apart: what one plan left is never taken for a part of another.
 Writers start at different subjects, an equal number of bytes apart, and go round: first their own, then the others'.
 """
 
@@ -12,13 +14,13 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
 from hpc_ddpm.data.claims import Writer
-from hpc_ddpm.data.plan import Plan, Row, Shard
+from hpc_ddpm.data.plan import Plan, Row, Shard, digest_at
 from hpc_ddpm.data.preprocess import prepare
 from hpc_ddpm.data.shard_writer import describe_shard, is_row_written, is_shard_written, write_row, write_shard
 from hpc_ddpm.data.shards import ShardEntry
@@ -36,6 +38,7 @@ class Found:
 
     rows: frozenset[str]
     entries: frozenset[str]
+    shards: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ class Job:
         return self.out / STATE
 
     def look(self) -> Found:
-        """What is finished. Rows go once their shard has its entry, so they are listed first."""
-        rows = _names(self.state / "rows")
-        return Found(rows, _names(self.state / "entries"))
+        """What is finished. Rows go once their shard has its entry, and that comes after the shard: in this order."""
+        rows, entries = _names(self.state / "rows"), _names(self.state / "entries")
+        return Found(rows, entries, _names(self.state / "shards"))
 
     def row_path(self, row: Row) -> Path:
         """Of a finished row."""
@@ -70,18 +73,25 @@ class Job:
         """Of the reason why it could not be packed."""
         return self.state / "rows" / f"{row.key}.{self.run}.error"
 
+    def shard_path(self, shard: Shard) -> Path:
+        """Of a finished shard that has no name in the dataset yet."""
+        return self.state / "shards" / f"{shard.digest}.h5"
+
     def entry_path(self, shard: Shard) -> Path:
         """Of its entry in the index to come."""
         return self.state / "entries" / f"{shard.digest}.json"
 
     def entry(self, shard: Shard) -> ShardEntry:
-        """Of a published shard, in the index to come."""
+        """Of a finished shard, in the index to come; the number is of the plan."""
         entry: ShardEntry = json.loads(self.entry_path(shard).read_text(encoding="utf-8"))
-        return entry
+        return {**entry, "file": shard.name}
 
-    def is_published(self, shard: Shard, found: Found) -> bool:
-        """Whether the shard and its entry are there."""
-        return f"{shard.digest}.json" in found.entries
+    def is_ready(self, shard: Shard, found: Found | None = None) -> bool:
+        """Whether the shard and its entry are there: at that moment, or now. Shards move one way, to their names."""
+        entry, file = self.entry_path(shard), self.shard_path(shard)
+        has_entry = entry.name in found.entries if found else entry.exists()
+        has_file = file.name in found.shards if found else file.exists()
+        return has_entry and (has_file or digest_at(self.out / shard.name) == shard.digest)
 
     def is_bad(self, row: Row, found: Found) -> bool:
         """Whether it cannot be packed."""
@@ -93,20 +103,20 @@ class Job:
 
     def num_finished(self, shard: Shard, found: Found) -> int:
         """Rows that need no more work in this run."""
-        if self.is_published(shard, found):
+        if self.is_ready(shard, found):
             return len(shard.rows)
         return sum(self.is_finished(row, found) for row in shard.rows)
 
     def is_settled(self, shard: Shard, found: Found) -> bool:
-        """Whether there is no more to do: published, or kept from it by subjects that cannot be packed."""
-        if self.is_published(shard, found) or self.skip_bad:
-            return self.is_published(shard, found)
+        """Whether there is no more to do: ready, or kept from it by subjects that cannot be packed."""
+        if (is_ready := self.is_ready(shard, found)) or self.skip_bad:
+            return is_ready
         has_bad = any(self.is_bad(row, found) for row in shard.rows)
         return has_bad and self.num_finished(shard, found) == len(shard.rows)
 
     def errors(self, shard: Shard, found: Found) -> dict[int, str]:
         """Why rows cannot be packed, by number."""
-        if self.is_published(shard, found):
+        if self.is_ready(shard, found):
             return {int(row): why for row, why in self.entry(shard)["left_out"].items()}
         bad = [(number, row) for number, row in enumerate(shard.rows) if self.is_bad(row, found)]
         return {number: json.loads(self.error_path(row).read_text(encoding="utf-8")) for number, row in bad}
@@ -161,20 +171,22 @@ class Share:
     def _visit(self, shard: Shard, first: int) -> None:
         """Write the rows of a shard that nobody has begun; then, if all are there, the shard."""
         found = self.job.look()
-        if self.job.is_published(shard, found):
+        if self.job.is_ready(shard, found):
             return
-        if not self._is_whole(shard):
+        if not self._find(shard):
             self._write_rows(shard, first, found)
             found = self.job.look()
             is_complete = self.job.num_finished(shard, found) == len(shard.rows)
             if self.job.is_settled(shard, found) or not is_complete:
                 return
-        with self.writer.claim(shard.name) as is_ours:
-            if is_ours and not self.job.entry_path(shard).exists():
-                self._publish(shard, found)
+        with self.writer.claim(shard.digest) as is_ours:
+            if is_ours and not self.job.is_ready(shard):
+                self._make_ready(shard, found)
 
-    def _is_whole(self, shard: Shard) -> bool:
-        return is_shard_written(self.job.out / shard.name, shard)
+    def _find(self, shard: Shard) -> Path | None:
+        """Where the shard is, with no row empty."""
+        places = self.job.shard_path(shard), self.job.out / shard.name
+        return next((path for path in places if is_shard_written(path, shard)), None)
 
     def _write_rows(self, shard: Shard, first: int, found: Found) -> None:
         for row in (*shard.rows[first:], *shard.rows[:first]):
@@ -184,8 +196,7 @@ class Share:
                         self._write_row(row)
 
     def _is_finished_now(self, shard: Shard, row: Row) -> bool:
-        paths = self.job.row_path(row), self.job.error_path(row), self.job.entry_path(shard)
-        return any(path.exists() for path in paths)
+        return self.job.row_path(row).exists() or self.job.error_path(row).exists() or self.job.is_ready(shard)
 
     def _write_row(self, row: Row) -> None:
         config, scratch = self.job.plan.config, self.writer.scratch
@@ -199,27 +210,35 @@ class Share:
         self._num_steps += 1
         self.on_row()
 
-    def _publish(self, shard: Shard, found: Found) -> None:
-        """Write the shard and its entry; rows that turn out to be damaged are forgotten instead."""
-        path, left_out = self.job.out / shard.name, self.job.errors(shard, found)
-        if not self._is_whole(shard):
-            files = {i: self.job.row_path(row) for i, row in enumerate(shard.rows) if i not in left_out}
-            damaged = [file for i, file in files.items() if not is_row_written(file, shard.rows[i])]
-            for file in damaged:
-                file.unlink(missing_ok=True)
-            self._num_steps += 1
-            if damaged:
+    def _make_ready(self, shard: Shard, found: Found) -> None:
+        """Write the shard, unless it is there, and its entry."""
+        self._num_steps += 1
+        path, left_out = self._find(shard), dict[int, str]()
+        try:
+            if path is None:
+                left_out = self.job.errors(shard, found)
+                path = self._put_together(shard, left_out)
+            entry = describe_shard(path, shard, left_out) if path else None
+        except (DataFormatError, FileNotFoundError):
+            if self.job.is_ready(shard):  # another who had the claim too was faster, and took what we read
                 return
-            try:
-                write_shard(path, shard, files, self.job.plan.config, self.writer.scratch)
-            except DataFormatError:
-                if self.job.entry_path(shard).exists():  # another who had the claim too has published it: its rows went
-                    return
-                raise
-        entry = describe_shard(path, shard, left_out)
-        write_json(self.job.entry_path(shard), entry, scratch=self.writer.scratch)
-        for row in shard.rows:
-            self.job.row_path(row).unlink(missing_ok=True)
+            raise
+        if entry:
+            write_json(self.job.entry_path(shard), entry, scratch=self.writer.scratch)
+            for row in shard.rows:
+                self.job.row_path(row).unlink(missing_ok=True)
+
+    def _put_together(self, shard: Shard, left_out: Mapping[int, str]) -> Path | None:
+        """The shard of its rows; None if some turn out to be damaged, which are forgotten instead."""
+        files = {i: self.job.row_path(row) for i, row in enumerate(shard.rows) if i not in left_out}
+        damaged = [file for i, file in files.items() if not is_row_written(file, shard.rows[i])]
+        for file in damaged:
+            file.unlink(missing_ok=True)
+        if damaged:
+            return None
+        path = self.job.shard_path(shard)
+        write_shard(path, shard, files, self.job.plan.config, self.writer.scratch)
+        return path
 
 
 def _names(folder: Path) -> frozenset[str]:

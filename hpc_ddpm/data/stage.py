@@ -2,7 +2,8 @@
 
 <stage_dir>/hpc_ddpm-<user id>/
     <SHA-256>.h5            a shard; complete when it exists
-    packed-<hash>/          index.json, and links to its shards: an ordinary packed dataset
+    packed-<hash>/          index.json, and links to its shards: an ordinary packed dataset; delete a link that leads to
+                            a damaged shard, and it is copied again
     lock                    held by the process that copies; the system releases it when that process ends
 """
 
@@ -57,13 +58,13 @@ def stage(data: DataConfig, progress: Progress = lambda done, total: None) -> Pa
     target = folder / f"packed-{sha256(content).hexdigest()[:16]}"
     with writing_to(folder, "data.stage_dir"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        while _missing(folder, index) or not (target / INDEX).exists():
+        while not _is_whole(target, index):
             with _lock(folder) as is_ours:
                 if is_ours:
-                    _copy_missing(source, folder, index, progress)
-                    _assemble(folder, target, index)
+                    _copy_missing(source, target, index, progress)
+                    _assemble(target, index)
             if not is_ours:
-                progress(len(index.shards) - len(_missing(folder, index)), len(index.shards))
+                progress(len(index.shards) - len(_missing(target, index)), len(index.shards))
                 time.sleep(WAIT_S)
     return target
 
@@ -99,23 +100,34 @@ def _lock(folder: Path) -> Iterator[bool]:
         yield True
 
 
-def _missing(folder: Path, index: Index) -> list[ShardEntry]:
-    """Shards that are not there in full."""
-    return [entry for entry in index.shards if not _is_there(_staged(folder, entry), entry["size_bytes"])]
+def _is_whole(target: Path, index: Index) -> bool:
+    """Whether the links to all shards, in full, and the index are there."""
+    return (target / INDEX).exists() and all(_is_there(target / entry["file"], entry) for entry in index.shards)
 
 
-def _staged(folder: Path, entry: ShardEntry) -> Path:
-    return folder / f"{entry['sha256']}.h5"
+def _missing(target: Path, index: Index) -> list[ShardEntry]:
+    """Shards that are not there in full, or whose links were deleted since."""
+    linked = {path.name for path in target.iterdir()} if (target / INDEX).exists() else None
+    return [
+        entry
+        for entry in index.shards
+        if not _is_there(_staged(target, entry), entry) or (linked is not None and entry["file"] not in linked)
+    ]
 
 
-def _is_there(path: Path, size_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == size_bytes
+def _staged(target: Path, entry: ShardEntry) -> Path:
+    return target.with_name(f"{entry['sha256']}.h5")
 
 
-def _copy_missing(source: Path, folder: Path, index: Index, progress: Progress) -> None:
+def _is_there(path: Path, entry: ShardEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry["size_bytes"]
+
+
+def _copy_missing(source: Path, target: Path, index: Index, progress: Progress) -> None:
+    folder = target.parent
     for left_by_a_killed_copier in folder.glob(".*.tmp"):
         left_by_a_killed_copier.unlink()
-    missing, total = _missing(folder, index), len(index.shards)
+    missing, total = _missing(target, index), len(index.shards)
     needed, free = sum(entry["size_bytes"] for entry in missing), shutil.disk_usage(folder).free
     if needed > free:
         raise ClusterError(
@@ -123,15 +135,15 @@ def _copy_missing(source: Path, folder: Path, index: Index, progress: Progress) 
             "free; choose another data.stage_dir, or leave it empty to read the shards where they are"
         )
     with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
-        copies = pool.map(partial(_copy, source, folder), missing)
+        copies = pool.map(partial(_copy, source, target), missing)
         for done, _ in enumerate(copies, total - len(missing) + 1):
             progress(done, total)
 
 
-def _copy(source: Path, folder: Path, entry: ShardEntry) -> None:
+def _copy(source: Path, target: Path, entry: ShardEntry) -> None:
     digest = sha256()
     with (
-        atomic_path(_staged(folder, entry)) as temporary,
+        atomic_path(_staged(target, entry)) as temporary,
         (source / entry["file"]).open("rb") as reader,
         temporary.open("wb") as writer,
     ):
@@ -145,11 +157,13 @@ def _copy(source: Path, folder: Path, entry: ShardEntry) -> None:
             )
 
 
-def _assemble(folder: Path, target: Path, index: Index) -> None:
+def _assemble(target: Path, index: Index) -> None:
     """A packed dataset of links; its index comes last."""
+    target.mkdir(exist_ok=True)
+    for entry in index.shards:
+        link = target / entry["file"]
+        if not _is_there(link, entry):
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path("..", _staged(target, entry).name))
     if not (target / INDEX).exists():
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir()
-        for entry in index.shards:
-            (target / entry["file"]).symlink_to(Path("..", _staged(folder, entry).name))
         write_index(target, index.data, index.shards)

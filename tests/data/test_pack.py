@@ -20,6 +20,7 @@ from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.phantom import write_phantoms
 from hpc_ddpm.data.preprocess import prepare
 from hpc_ddpm.data.shards import open_packed
+from hpc_ddpm.data.verify import verify
 from hpc_ddpm.errors import DataFormatError
 
 ONE_PER_SHARD = 1e-9
@@ -103,6 +104,95 @@ def test_another_configuration_or_source_is_refused(
         5,
         ["index.json", "shard-00000.h5"],
     )
+
+
+def unfinished(heads: Path, out: Path, *configs: DataConfig, overwrite: bool = False) -> None:
+    """Leave what packing with these settings finishes while a file is damaged; mends it."""
+    cut = heads / "t1" / "head_0005.nii.gz"
+    facts, whole = cut.stat(), cut.read_bytes()
+    cut.write_bytes(whole[:200])
+    for config in configs:
+        with pytest.raises(DataFormatError, match="1 of 6 subjects cannot be packed"):
+            pack(heads, out, config, overwrite=overwrite)
+    cut.write_bytes(whole)
+    os.utime(cut, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def test_what_other_settings_left_unfinished_is_not_taken(
+    heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]
+) -> None:
+    one, two = (tiny(shard_size_gib=ONE_PER_SHARD, normalization=how) for how in ("percentile", "zscore"))
+    unfinished(heads, tmp_path / "out", one, two)
+    assert pack(heads, tmp_path / "out", one).num_written == 1
+    assert verify(tmp_path / "out") == []
+    pack(heads, tmp_path / "plain", one)
+    assert content(tmp_path / "out") == content(tmp_path / "plain")
+
+
+def test_covariates_that_changed_and_changed_back(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    config = tiny(shard_size_gib=ONE_PER_SHARD, covariates={"age": {"mean": 50, "std": 20}})
+
+    def set_age(age: int) -> None:
+        table = "".join(f"head_000{i}\t{age}\n" for i in range(6))
+        (heads / "participants.tsv").write_text("participant_id\tage\n" + table)
+
+    for age in (30, 88):
+        set_age(age)
+        unfinished(heads, tmp_path / "out", config)
+    set_age(30)
+    pack(heads, tmp_path / "out", config)
+    assert open_packed(tmp_path / "out").covariates(config.covariates)[:, 0].tolist() == [30] * 6
+
+
+def test_a_finished_shard_that_is_gone_is_written_again(
+    heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]
+) -> None:
+    config = tiny(shard_size_gib=ONE_PER_SHARD)
+    unfinished(heads, tmp_path / "out", config)
+    next((tmp_path / "out" / ".pack" / "shards").glob("*.h5")).unlink()
+    assert pack(heads, tmp_path / "out", config).num_written == 2
+    assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_stay(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig], overwrite: bool) -> None:
+    out, config = tmp_path / "out", tiny(shard_size_gib=ONE_PER_SHARD)
+    out.mkdir()
+    for name in ("shard-00001.h5", "shard-backup.h5", "shard-00009.h5"):
+        (out / name).write_text("mine")
+    with pytest.raises(DataFormatError, match=r"shard-00001\.h5: not a shard, but a shard gets this name; move it or"):
+        pack(heads, out, config, overwrite=overwrite)
+    assert sorted(path.name for path in out.iterdir()) == ["shard-00001.h5", "shard-00009.h5", "shard-backup.h5"]
+    (out / "shard-00001.h5").unlink()
+    pack(heads, out, config, overwrite=overwrite)
+    assert {(out / name).read_text() for name in ("shard-backup.h5", "shard-00009.h5")} == {"mine"}
+
+
+def test_a_dataset_that_lost_its_index(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
+    out, config = tmp_path / "out", tiny(shard_size_gib=ONE_PER_SHARD)
+    pack(heads, out, config)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "index.json").unlink()
+    with pytest.raises(DataFormatError, match=r"shard-00000\.h5: a shard of other settings or subjects, in no index"):
+        pack(heads, out, tiny(normalization="zscore"))
+    assert pack(heads, out, config).num_written == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "index.json").unlink()
+    pack(heads, out, tiny(normalization="zscore"), overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == ["index.json", "shard-00000.h5"]
+
+
+def test_a_replaced_dataset_stays_until_the_new_one_is_whole(
+    heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]
+) -> None:
+    out, config = tmp_path / "out", tiny(shard_size_gib=ONE_PER_SHARD, normalization="zscore")
+    pack(heads, out, tiny(shard_size_gib=ONE_PER_SHARD))
+    before = content(out)
+    unfinished(heads, out, config, overwrite=True)
+    assert (content(out), verify(out)) == (before, [])
+    assert pack(heads, out, config, overwrite=True).num_written == 1
+    assert verify(out) == []
+    assert content(out) != before
 
 
 def test_bad_subjects_are_all_named_and_nothing_is_published(

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import pytest
 
 from hpc_ddpm.config import DataConfig, LabelsConfig
 from hpc_ddpm.data import claims, share
+from hpc_ddpm.data import pack as packing
 from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.discover import Subject
 from hpc_ddpm.data.pack import PackReport, pack
@@ -39,7 +41,8 @@ SHARD_GIB = 3 * 16**3 * 3 / 2**30
 SETTINGS = [f"data.size={list(SIZE)}", f"data.shard_size_gib={SHARD_GIB}"]
 NUM_SUBJECTS = 11
 
-PUBLISH, WRITE_SHARD = share.Share._publish, share.write_shard
+MAKE_READY, WRITE_SHARD = share.Share._make_ready, share.write_shard
+GIVE_NAMES = packing._give_names
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -230,19 +233,89 @@ def test_a_shard_that_another_publishes_meanwhile_is_left_to_it(
     """Two can hold the claim of one that died: the first takes the rows away while the second reads them."""
     late: list[str] = []
 
-    def publish_first(writer: share.Share, shard: Shard, found: share.Found) -> None:
+    def make_ready_first(writer: share.Share, shard: Shard, found: share.Found) -> None:
         def write_after(*given: Any) -> None:
             monkeypatch.setattr(share, "write_shard", WRITE_SHARD)
-            PUBLISH(writer, shard, found)
+            MAKE_READY(writer, shard, found)
             late.append(shard.name)
             WRITE_SHARD(*given)
 
         monkeypatch.setattr(share, "write_shard", write_after)
-        PUBLISH(writer, shard, found)
+        MAKE_READY(writer, shard, found)
 
-    monkeypatch.setattr(share.Share, "_publish", publish_first)
+    monkeypatch.setattr(share.Share, "_make_ready", make_ready_first)
     pack(source, tmp_path / "out", small(), skip_bad=True)
     assert late == sorted(name for name in serial if name != "index.json")
+    assert files(tmp_path / "out") == serial
+
+
+@pytest.fixture
+def at_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    """Have something done directly before the n-th file gets its name in tmp_path/out."""
+    really_replace = Path.replace
+
+    def build(number: int, act: Callable[[], None]) -> None:
+        counter = itertools.count()
+
+        def replace(self: Path, target: Path) -> Path:
+            if Path(target).parent == tmp_path / "out" and next(counter) == number:
+                act()
+            return really_replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", replace)
+
+    return build
+
+
+@pytest.mark.parametrize("before", ["nothing", "replaced"])
+def test_ended_between_two_renames_it_goes_on(
+    source: Path, tmp_path: Path, serial: dict[str, bytes], at_rename: Callable[..., None], before: str
+) -> None:
+    out, old, is_replaced = tmp_path / "out", tmp_path / "old", before == "replaced"
+    if is_replaced:
+        pack(source, old, small(shard_size_gib=1e-9, normalization="zscore"), skip_bad=True)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    for number in (0, 2, len(serial) - 1):
+        shutil.rmtree(out, ignore_errors=True)
+        if is_replaced:
+            shutil.copytree(old, out)
+        at_rename(number, stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, out, small(), skip_bad=True, overwrite=is_replaced)
+        assert not (out / "index.json").exists()
+        assert pack(source, out, small(), skip_bad=True, overwrite=is_replaced).num_written == 0
+        assert files(out) == serial
+
+
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_two_that_publish_at_once(
+    source: Path,
+    tmp_path: Path,
+    serial: dict[str, bytes],
+    at_rename: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    """Two can hold the claim of one that died: one gives all names while the other is at its n-th."""
+    given = list[Any]()
+
+    def give_names(*arguments: Any) -> None:
+        given[:] = arguments
+        GIVE_NAMES(*arguments)
+
+    def give_all() -> None:
+        job, writer, entries = given
+        with Writer(writer.state, job.purpose) as another:
+            GIVE_NAMES(job, another, entries)
+        given.append("twice")
+
+    monkeypatch.setattr(packing, "_give_names", give_names)
+    at_rename(number, give_all)
+    pack(source, tmp_path / "out", small(), skip_bad=True)
+    assert given[-1] == "twice"
     assert files(tmp_path / "out") == serial
 
 
@@ -473,6 +546,23 @@ def test_a_full_disk(source: Path, small_disk: Path, serial: dict[str, bytes], n
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
     pack(source, out, small(), skip_bad=True, num_workers=num_workers)
     assert files(out) == serial
+
+
+def test_a_disk_too_small_for_both_keeps_the_old_dataset(source: Path, small_disk: Path) -> None:
+    out = small_disk / "out"
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    pack(source, out, small(), skip_bad=True)
+    before = files(out)
+    used = shutil.disk_usage(small_disk).used
+    for more in (2**14, 2**16, used - 2**14):
+        subprocess.run(["mount", "-o", f"remount,size={used + more}", str(small_disk)], check=True)
+        with pytest.raises(ClusterError, match=r"cannot write here \(No space left on device\)"):
+            pack(source, out, small(normalization="zscore"), skip_bad=True, overwrite=True)
+        assert files_only(out) == before
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    pack(source, out, small(normalization="zscore"), skip_bad=True, overwrite=True)
+    assert len(open_packed(out)) == 10
+    assert files(out) != before
 
 
 def test_a_file_size_limit_is_one_line_and_exit_code_2(start: Start) -> None:

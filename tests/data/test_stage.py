@@ -104,6 +104,21 @@ def test_a_damaged_shard_is_not_staged(data: DataConfig) -> None:
     assert len(files(data)) <= 2
 
 
+@pytest.mark.parametrize("whole_path", [Path, Path.resolve])
+def test_a_staged_shard_that_was_damaged_is_copied_again_once_deleted(
+    data: DataConfig, whole_path: Callable[[Path], Path]
+) -> None:
+    staged = stage(data)
+    shard = staged / "shard-00001.h5"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(DataFormatError, match=r"shard-00001\.h5: damaged shard .* or delete it and pack again"):
+        open_packed(staged).read(2)
+    whole_path(shard).unlink()
+    assert stage(data) == staged
+    assert len(files(data)) == 3
+    np.testing.assert_array_equal(open_packed(staged).read(2)[0], open_packed(data.path).read(2)[0])
+
+
 SLOW = """
     import sys, time
     from hpc_ddpm.config import DataConfig
