@@ -168,7 +168,7 @@ def export(
     workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write the volumes as NIfTI again; what is there is kept."""
+    """Write the volumes as NIfTI again; what is there is kept, and refused where it was packed anew since."""
     from hpc_ddpm.data.export import export as export_packed
     from hpc_ddpm.data.parallel import num_cores
     from launch.progress import progress_bar

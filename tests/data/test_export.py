@@ -148,3 +148,22 @@ def nifti_equal() -> Callable[..., None]:
         assert (two[:margin] == two.min()).all()
 
     return compare
+
+
+def test_subjects_that_were_packed_anew_are_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", (12, 12, 12))
+    data = DataConfig(size=(12, 12, 12), shard_size_gib=5e-6)  # a shard for each subject
+    pack(source, tmp_path / "packed", data)
+    export(tmp_path / "packed", tmp_path / "out")
+    for new in ("s2", "s1"):
+        for role in ("mask", "t1"):
+            volume, affine = read(source / role / "s0.nii.gz")
+            write_nifti(source / role / f"{new}.nii.gz", volume.T[::-1], affine)
+        if new == "s2":
+            pack(source, tmp_path / "packed", data)
+            assert export(tmp_path / "packed", tmp_path / "out") == 3
+    pack(source, tmp_path / "packed", data, overwrite=True)
+    assert len(list((tmp_path / "packed").glob("*.h5"))) == 3
+    with pytest.raises(ConfigError, match=r"holds 1 subjects that are .* packed anew \(s1\); choose another --out or"):
+        export(tmp_path / "packed", tmp_path / "out")
+    assert export(tmp_path / "packed", tmp_path / "new") == 3
