@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hpc_ddpm.data.covariates import write_participants
 from hpc_ddpm.data.discover import MASK
 from hpc_ddpm.data.geometry import restore
+from hpc_ddpm.data.intensity import background
 from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.data.parallel import ordered_map
 from hpc_ddpm.data.plan import digest_of
@@ -133,7 +134,7 @@ def _export_subject(packed: Packed, out: Path, original_grid: bool, intensities:
     unit = image / np.float32(INT16_SCALE) if image.dtype == np.int16 else image
     ranges = packed.intensity(subject.index)
     for modality, volume, (low, high) in zip(packed.data.modalities, unit, ranges, strict=True):
-        volume = restore(volume, geometry, float(volume.min())) if original_grid else volume
+        volume = restore(volume, geometry, background(volume, packed.data)) if original_grid else volume
         write_nifti(files[modality], _scaled(volume, low, high) if intensities == "original" else volume, affine)
     write_nifti(files[MASK], restore(mask, geometry) if original_grid else mask, affine)
 

@@ -60,6 +60,21 @@ def test_original_grid_and_intensities(tmp_path: Path) -> None:
         assert read(tmp_path / "out" / "mask" / name)[0].dtype == np.uint8
 
 
+@pytest.mark.parametrize(("normalization", "outside"), [("percentile", 0.0), ("zscore", 206.0)])
+def test_outside_a_crop_without_background_is_background(tmp_path: Path, normalization: str, outside: float) -> None:
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[2:10, 2:10, 2:10] = 1
+    mask[5, 5, 5] = 2
+    image = np.where(mask, np.linspace(206, 900, mask.size).reshape(mask.shape), 0).astype(np.float32)
+    image[2:10, 2:10, 2:10] += 206 - image[2, 2, 2]
+    for role, volume in (("mask", mask), ("t1", image)):
+        write_nifti(tmp_path / "source" / role / "s.nii.gz", volume, LPS)
+    data = DataConfig(size=(8, 8, 8), normalization=normalization, low=0, high=100, zscore_clip=20)
+    pack(tmp_path / "source", tmp_path / "packed", data)
+    export(tmp_path / "packed", tmp_path / "out", original_grid=True, intensities="original")
+    assert read(tmp_path / "out" / "t1" / "s.nii.gz")[0][0, 0, 0] == pytest.approx(outside, abs=1)
+
+
 def test_what_is_exported_packs_to_itself(tmp_path: Path) -> None:
     data = DataConfig(size=(10, 20, 16))
     pack(make_source(tmp_path / "source", (14, 16, 18)), tmp_path / "packed", data)
