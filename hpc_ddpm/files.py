@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,13 @@ CANNOT_WRITE = {
     *(errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.ENOENT),
 }
+
+_NAME = re.compile(r"(?!\.)[^/\\\0\ud800-\udfff]+")
+
+
+def is_file_name(text: str) -> bool:
+    """Whether it names a file or folder by itself: UTF-8, not empty, not hidden, without slashes and NUL."""
+    return _NAME.fullmatch(text) is not None
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from hpc_ddpm.data.shards import (
     read_index,
 )
 from hpc_ddpm.errors import ConfigError
-from hpc_ddpm.files import write_json, writing_to
+from hpc_ddpm.files import is_file_name, write_json, writing_to
 
 NOTE = "export.json"
 Progress = Callable[[int, int], None]
@@ -75,6 +75,8 @@ def export(
             f"{path}: data.normalization=med_ddpm_whole_head scaled every slice by itself, which cannot be undone; "
             "export with --intensities unit"
         )
+    if unfit := [modality for modality in packed.data.modalities if not is_file_name(modality)]:
+        raise ConfigError(f"{path}: modality {unfit[0]!r} cannot name a folder; pack again under another name")
     subjects = packed.subjects(split)
     with writing_to(out):
         keys, wanted = _keys(packed), {subject.id for subject in subjects}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import is_file_name
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json")
 SPLITS = ("train", "val", "test")
@@ -117,7 +118,7 @@ def _row(path: Path, number: int, record: Mapping[str, Any], modalities: tuple[s
     place = f"{path}, row {number}"
     cells = {str(name).lower(): str(value or "").strip() for name, value in record.items()}
     subject = cells.get("subject", "")
-    if not subject or subject.startswith(".") or set(subject) & {"/", "\\", "\0"}:
+    if not is_file_name(subject):
         raise DataFormatError(f"{place}: subject {subject!r} found, a name without / or leading dot expected")
     split = cells.get("split") or None
     if split not in (*SPLITS, None):

@@ -92,7 +92,7 @@ def verify(
             raise
         return [Finding("index-damaged", str(error).splitlines()[0].removeprefix(f"{path / INDEX}: "))]
     settings = config_digest(data)
-    shards = [_Shard(path / Path(entry["file"]).name, entry, data, settings) for entry in index.shards]
+    shards = [_Shard(path / entry["file"], entry, data, settings) for entry in index.shards]
     findings = [*_check_index(index), *_check_folder(path, index)]
     judge = partial(_check_shard, deep=deep)
     for number, found in enumerate(ordered_map(judge, shards, num_workers, preload=__name__), start=1):
@@ -121,10 +121,8 @@ def _check_index(index: Index) -> Findings:
         yield Finding("index-mismatch", f"{len(twice)} subjects are in the index twice", tuple(twice), INDEX)
     files = [entry["file"] for entry in index.shards]
     for file, count in Counter(files).items():
-        if count > 1 or Path(file).name != file:
-            yield Finding(
-                "index-mismatch", f"shard {file} is named {count} times, a plain name once expected", (), INDEX
-            )
+        if count > 1:
+            yield Finding("index-mismatch", f"shard {file} is named {count} times, once expected", (), INDEX)
 
 
 def _check_folder(path: Path, index: Index) -> Findings:

@@ -182,3 +182,11 @@ def test_subjects_that_were_packed_anew_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds 1 subjects that are .* packed anew \(s1\); choose another --out or"):
         export(tmp_path / "packed", tmp_path / "out")
     assert export(tmp_path / "packed", tmp_path / "new") == 3
+
+
+def test_a_modality_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", (12, 12, 12))
+    (source / "t.csv").write_text("subject,mask,../t1\ns,mask/s0.nii.gz,t1/s0.nii.gz\n")
+    pack(source / "t.csv", tmp_path / "packed", DataConfig(size=(12, 12, 12), modalities=("../t1",)))
+    with pytest.raises(ConfigError, match=r"modality '\.\./t1' cannot name a folder"):
+        export(tmp_path / "packed", tmp_path / "out")

@@ -267,3 +267,15 @@ def test_label_order_survives(heads: Path, tmp_path: Path, tiny: Callable[..., D
     assert list(open_packed(tmp_path / "out").data.labels.names) == [2, 1]
     with pytest.raises(DataFormatError, match=r"holds a dataset with other settings \(data\.labels\)"):
         pack(heads, tmp_path / "out", tiny(labels=LabelsConfig()))
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("id", "../../evil"), ("id", ""), ("id", ".x"), ("id", "a\\b"), ("id", "\udcfc"), ("file", "../x.h5")],
+)
+def test_names_of_an_index_stay_in_its_folder(packed_path: Path, key: str, name: str) -> None:
+    content = json.loads((packed_path / "index.json").read_text())
+    content["shards"][0][key] = [name, "b"] if key == "id" else name
+    (packed_path / "index.json").write_text(json.dumps(content))
+    with pytest.raises(DataFormatError, match=r"index\.json: .*found, a name without slashes or leading dot expected"):
+        open_packed(packed_path)
