@@ -34,7 +34,7 @@ SOURCE_KINDS: dict[str, Kind] = {
     # --------------------------------------------------------------------------------------- geometry
     "grid-shape": Kind("error", "resample one onto the other (mask: nearest neighbour)"),
     "grid-affine": Kind("error", "copy the affine if the voxels do match (look at them), else resample the mask"),
-    "no-affine": Kind("warning", "find out left and right, and write an sform; without one RAS is assumed"),
+    "no-affine": Kind("warning", "find out left and right, and write an sform; without one x is taken to run from right to left"),
     "orientation-differs": Kind("note", "nothing: it is brought to data.orientation"),
     "orientation-mixed": Kind("error", "set data.orientation=RAS: with `native` some subjects lie on their side"),
     "anisotropic": Kind("warning", "set data.voxel_size_mm, or choose data.size in these proportions"),
