@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.errors import ClusterError, DataFormatError
 
 CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -81,6 +81,22 @@ def writing_to(folder: Path, setting: str = "--out") -> Iterator[None]:
         raise ClusterError(
             f"{folder}: cannot write here ({error.strerror}); make room or choose another {setting}, then run the same "
             "command again: what is finished is kept"
+        ) from None
+
+
+@contextmanager
+def reading_from(place: Path) -> Iterator[None]:
+    """Turn what the system does not let be read into one line.
+
+    Raises:
+        DataFormatError: names the file or folder; `place` where the system does not.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = os.fsdecode(error.filename or place)
+        raise DataFormatError(
+            f"{name}: cannot be read ({error.strerror or error}); mend its permissions or its storage"
         ) from None
 
 
