@@ -123,12 +123,21 @@ def test_tables(tmp_path: Path, kind: str) -> None:
         ("subject,mask,t1\na/b,m.nii,i.nii\n", "subject 'a/b' found"),
         ("subject,mask,t1\n..,m.nii,i.nii\n", r"subject '\.\.' found"),
         ("subject,mask,t1,split\na,m.nii,i.nii,dev\n", "split 'dev' found, expected train, val, test"),
+        ("subject,mask,t1\na,m.nii,i.nii,\nb,m,1.nii,i.nii\n", "row 2: 4 cells found, 3 columns expected; put a"),
+        ("subject,mask,t1\na,.,i.nii\n", "no complete subject found"),
     ],
 )
 def test_table_mistakes(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataFormatError, match=message):
         discover(tmp_path / "t.csv", DataConfig())
+
+
+def test_commas_at_the_end_of_lines_mean_nothing(tmp_path: Path) -> None:
+    touch(tmp_path, "m.nii", "i.nii")
+    (tmp_path / "t.csv").write_text("subject,mask,t1,\na,m.nii,i.nii,,\n")
+    assert list(found(tmp_path / "t.csv")) == ["a"]
+    assert source_modalities(tmp_path / "t.csv") == ("t1",)
 
 
 def test_broken_json_tables(tmp_path: Path) -> None:
