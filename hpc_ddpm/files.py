@@ -17,7 +17,8 @@ from hpc_ddpm.errors import ClusterError, DataFormatError
 CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.ENOENT),
+    *(errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EEXIST),
+    *(errno.EIO, errno.ESTALE),
 }
 
 _NAME = re.compile(r"(?!\.)[^/\\\0\ud800-\udfff]+")
