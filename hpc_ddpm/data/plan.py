@@ -182,10 +182,7 @@ def _is_there(out: Path, entry: ShardEntry) -> bool:
 
 
 def _check_settings(out: Path, index: Index, config: DataConfig) -> None:
-    given, wanted = (
-        data.model_dump(mode="json", exclude={*READING_SETTINGS})
-        for data in (DataConfig.model_validate(index.data), config)
-    )
+    given, wanted = (data.model_dump(mode="json", exclude={*READING_SETTINGS}) for data in (index.config, config))
     names = [name for name in wanted if json.dumps(given.get(name)) != json.dumps(wanted[name])]
     if names:
         listed = ", ".join(f"data.{name}" for name in names)
