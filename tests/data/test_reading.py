@@ -323,3 +323,20 @@ def edited_size(packed_path: Path) -> Path:
     content["shards"][1]["size_bytes"] = (packed_path / "shard-00001.h5").stat().st_size
     (packed_path / "index.json").write_text(json.dumps(content))
     return packed_path
+
+
+def test_a_short_read_is_continued(packed_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, real = voxels(open_packed(packed_path)), os.preadv
+    monkeypatch.setattr(chunks, "_is_cached", lambda *where: False)
+    monkeypatch.setattr(os, "preadv", lambda file, parts, *where: real(file, [parts[0][:100]], *where))
+    assert voxels(open_packed(packed_path)) == expected
+
+
+def test_a_chunk_that_is_not_there(packed_path: Path) -> None:
+    with h5py.File(packed_path / "shard-00000.h5", "r+") as file:
+        empty = file.create_dataset("empty", file["mask"].shape, "uint8", chunks=file["mask"].chunks)
+        assert empty.id.get_num_chunks() == 0
+        del file["mask"]
+        file.move("empty", "mask")
+    with h5py.File(packed_path / "shard-00000.h5") as file, pytest.raises(ValueError, match="nothing stored"):
+        OpenShard(file).read("mask", 0, np.empty((12, 10, 8), np.uint8))

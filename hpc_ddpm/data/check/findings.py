@@ -78,14 +78,17 @@ SOURCE_KINDS: dict[str, Kind] = {
 }
 """`hpc-ddpm data check`."""
 
+COPY = "copy the shard again, to another name that then replaces it (mv)"
+"""What overwrites a shard in place kills who reads it, see `chunks`."""
+
 PACKED_KINDS: dict[str, Kind] = {
     "index-damaged": Kind("error", "copy index.json again, or pack again"),
     "index-mismatch": Kind("error", "copy index.json and the shard again from one place, or pack again"),
     "missing-shard": Kind("error", "copy the shard again, or run the same `hpc-ddpm pack` again"),
-    "wrong-size": Kind("error", "copy the shard again: it is cut off or another file"),
-    "wrong-checksum": Kind("error", "copy the shard again: its bytes are not those that were packed"),
-    "unreadable-shard": Kind("error", "copy the shard again, or delete it and run the same `hpc-ddpm pack` again"),
-    "damaged-voxels": Kind("error", "copy the shard again, or delete it and run the same `hpc-ddpm pack` again"),
+    "wrong-size": Kind("error", f"{COPY}: it is cut off or another file"),
+    "wrong-checksum": Kind("error", f"{COPY}: its bytes are not those that were packed"),
+    "unreadable-shard": Kind("error", f"{COPY}, or delete it and run the same `hpc-ddpm pack` again"),
+    "damaged-voxels": Kind("error", f"{COPY}, or delete it and run the same `hpc-ddpm pack` again"),
     "wrong-content": Kind("error", "pack again: the shard was written wrongly or edited"),
     "extra-shard": Kind("warning", "delete it, if nothing else uses it: index.json does not name it"),
 }
