@@ -5,19 +5,28 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.errors import ClusterError, DataFormatError
 
 CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.ENOENT),
+    *(errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EEXIST),
+    *(errno.EIO, errno.ESTALE),
 }
+
+_NAME = re.compile(r"(?!\.)[^/\\\0\ud800-\udfff]+")
+
+
+def is_file_name(text: str) -> bool:
+    """Whether it names a file or folder by itself: UTF-8, not empty, not hidden, without slashes and NUL."""
+    return _NAME.fullmatch(text) is not None
 
 
 @contextmanager
@@ -73,6 +82,22 @@ def writing_to(folder: Path, setting: str = "--out") -> Iterator[None]:
         raise ClusterError(
             f"{folder}: cannot write here ({error.strerror}); make room or choose another {setting}, then run the same "
             "command again: what is finished is kept"
+        ) from None
+
+
+@contextmanager
+def reading_from(place: Path) -> Iterator[None]:
+    """Turn what the system does not let be read into one line.
+
+    Raises:
+        DataFormatError: names the file or folder; `place` where the system does not.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = os.fsdecode(error.filename or place)
+        raise DataFormatError(
+            f"{name}: cannot be read ({error.strerror or error}); mend its permissions or its storage"
         ) from None
 
 

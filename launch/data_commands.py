@@ -38,7 +38,9 @@ def check(
     source: Annotated[Path, typer.Argument(help="Folder of NIfTI pairs, or a CSV/TSV/JSON table.")],
     config: ConfigOption = None,
     overrides: Overrides = None,
-    report: Annotated[Path | None, typer.Option(help="Also write an HTML page with the planes of every case.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write an HTML page with the planes of every case.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
     as_json: Json = False,
     workers: Workers = None,
@@ -50,10 +52,14 @@ def check(
     from hpc_ddpm.data.check.report import write_check_report
     from hpc_ddpm.data.check.run import check as check_source
     from hpc_ddpm.data.parallel import num_cores
+    from hpc_ddpm.files import writing_to
     from launch.data_tables import print_findings, print_json
     from launch.progress import progress_bar
 
     data = load_config(config, overrides or []).config.data
+    if report is not None:
+        with writing_to(report.parent, "--report"):  # now, not after hours
+            report.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar("checking", show=not quiet) as update:
         result = check_source(
             source,
@@ -62,13 +68,14 @@ def check(
             pictures=report is not None,
             progress=lambda done, total: update(done, total, ""),
         )
-    if report is not None:
-        write_check_report(report, result)
     if as_json:
         print_json(result.to_json())
     else:
         print_findings(f"{len(result.cases)} subjects of {source} ({result.layout})", result.findings)
-        if report is not None:
+    if report is not None:
+        with writing_to(report.parent, "--report"):
+            write_check_report(report, result)
+        if not as_json:
             typer.echo(f"report: {report}")
     raise typer.Exit(exit_code(result.findings, strict=strict))
 
@@ -168,7 +175,7 @@ def export(
     workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write the volumes as NIfTI again; what is there is kept."""
+    """Write the volumes as NIfTI again; what is there is kept, and refused where it was packed anew since."""
     from hpc_ddpm.data.export import export as export_packed
     from hpc_ddpm.data.parallel import num_cores
     from launch.progress import progress_bar

@@ -4,6 +4,9 @@ HDF5 itself decodes under one lock, into memory of its own, and adds a slow chec
 time: reading, decoding and checking all release the GIL. What the kernel already holds in its page cache is not read
 but taken from a memory map, which is faster; what it has to fetch is read, which is faster and fails with an error
 instead of a signal (docs/benchmarks/data.md).
+
+A shard must keep its bytes while it is open: one that is cut or overwritten in place under the map ends the process
+with SIGBUS. A shard that is replaced by another file (rename) is safe, and so is one that is deleted.
 """
 
 from __future__ import annotations
@@ -70,6 +73,8 @@ class OpenShard:
         for channel, volume in enumerate(volumes):
             where = (row, channel, 0, 0, 0) if name == "image" else (row, 0, 0, 0)
             stored = chunks.get_chunk_info_by_coord(where)
+            if stored.byte_offset is None:
+                raise ValueError("nothing stored")
             filters = [code for i, code in enumerate(layout.filters) if not stored.filter_mask >> i & 1]
             checksums.append(self._decode(stored.byte_offset, stored.size, filters, memoryview(volume).cast("B")))
         return checksums
@@ -94,10 +99,12 @@ class OpenShard:
         return zlib_ng.crc32(out)
 
     def _read(self, offset: int, out: memoryview) -> memoryview:
-        for begin in range(0, len(out), READ_BYTES):
-            part = out[begin : begin + READ_BYTES]
-            if os.preadv(self._descriptor, [part], offset + begin) != len(part):
+        done = 0
+        while done < len(out):
+            count = os.preadv(self._descriptor, [out[done : done + READ_BYTES]], offset + done)
+            if not count:
                 raise ValueError("wrong size")
+            done += count
         return out
 
     def _map(self, offset: int, size: int) -> memoryview | None:

@@ -21,6 +21,8 @@ OTHERS = (".gz", ".nii", ".mgz", ".mgh", ".json")
 MAGIC_AT, MAGIC = 128, b"DICM"
 MAX_TILT, MAX_UNEVEN, SAME_PLACE_MM = 1e-3, 0.05, 1e-3
 """Between orientations; of the usual distance of slices; between slices."""
+PLACE_TAGS = ("0020|0037", "0028|0030")
+"""Orientation and spacing."""
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
@@ -40,6 +42,8 @@ class Slice:
     spacing: Floats
     """(2,), mm between columns, and between rows."""
     is_scaled: bool
+    is_placed: bool
+    """Whether orientation and spacing are its own; else the reader made them up."""
 
     @property
     def height(self) -> float:
@@ -131,7 +135,7 @@ def _read_slice(reader: Any, path: Path) -> Slice:
         tags = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
         slope, intercept = float(tags.get("0028|1053", 1)), float(tags.get("0028|1052", 0))
         position, across = np.array(reader.GetOrigin()), np.array(reader.GetDirection()).reshape(3, 3)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise DataFormatError(
             f"{path.parent}: {path.name} is damaged or not a DICOM image ({_last(error)}); copy it again"
         ) from None
@@ -144,6 +148,7 @@ def _read_slice(reader: Any, path: Path) -> Slice:
         across[:, :2].T,
         np.array(reader.GetSpacing()[:2]),
         (slope, intercept) != (1.0, 0.0),
+        reader.GetSize()[2] > 1 or all(tags.get(key, "").strip("\0 ") for key in PLACE_TAGS),  # of frames: one each
     )
 
 
@@ -174,9 +179,12 @@ def _is_dicom(path: Path) -> bool:
         return False
     if suffix in SUFFIXES:
         return True
-    with path.open("rb") as file:
-        file.seek(MAGIC_AT)
-        return file.read(len(MAGIC)) == MAGIC
+    try:
+        with path.open("rb") as file:
+            file.seek(MAGIC_AT)
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return True  # it may be a slice, so whoever reads the series shall say that it cannot
 
 
 def _sitk(folder: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from hpc_ddpm.data.covariates import read_covariates
 from hpc_ddpm.data.nifti import is_volume, stem
 from hpc_ddpm.data.table import TABLE_SUFFIXES, read_table, table_modalities
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import is_file_name, reading_from
 
 MASK_FOLDERS = ("mask", "masks", "seg", "labels")
 IMAGE_FOLDERS = ("image", "images")
@@ -65,7 +66,15 @@ class _Files:
     splits: dict[str, str] = field(default_factory=dict)
 
     def add(self, subject: str, role: str, path: Path) -> None:
-        self.found.setdefault((subject, role), []).append(path)
+        """A candidate, unless its name will not do."""
+        if reason := _fault(subject, path):
+            self.leave_out(path, reason)
+        else:
+            self.found.setdefault((subject, role), []).append(path)
+
+    def leave_out(self, path: Path, reason: str) -> None:
+        """Say why it is not used."""
+        self.unmatched.append(Unmatched(_printable(path), reason))
 
 
 def discover(source: str | Path, config: DataConfig) -> Discovery:
@@ -77,7 +86,8 @@ def discover(source: str | Path, config: DataConfig) -> Discovery:
     """
     source = Path(source)
     layout = find_layout(source) if config.layout == "auto" else config.layout
-    files = _read(layout, source, config.modalities)
+    with reading_from(source):
+        files = _read(layout, source, config.modalities)
     subjects, unmatched = _pair(files, config.modalities)
     if not subjects:
         some = "; ".join(str(entry) for entry in unmatched[:3])
@@ -97,6 +107,11 @@ def find_layout(source: Path) -> str:
     Raises:
         DataFormatError: none of these; says what is there.
     """
+    with reading_from(source):
+        return _find_layout(source)
+
+
+def _find_layout(source: Path) -> str:
     if source.is_file() and source.suffix.lower() in TABLE_SUFFIXES:
         return "table"
     if not source.is_dir():
@@ -120,22 +135,30 @@ def find_masks(path: str | Path) -> list[tuple[str, Path]]:
     """(subject id, mask), sorted, of one volume, a folder of masks, or any layout.
 
     Raises:
-        DataFormatError: no mask there, or one id twice.
+        DataFormatError: no mask there, a name that will not do, or one id twice.
     """
     path = Path(path)
-    if path.exists() and is_volume(path):
-        return [(_subject_id(path, MASK_ENDINGS), path)]
-    if path.is_dir() and _volumes(path):
-        masks = [(_subject_id(file, MASK_ENDINGS), file) for file in _volumes(path)]
-    else:
-        files = _read(find_layout(path), path, ())
-        masks = [(subject, file) for (subject, role), group in files.found.items() if role == MASK for file in group]
+    with reading_from(path):
+        masks = list(_masks(path))
+    for subject, file in masks:
+        if reason := _fault(subject, file):
+            raise DataFormatError(f"{_printable(file)}: {reason}")
     twice = [subject for subject, count in Counter(subject for subject, _ in masks).items() if count > 1]
     if twice:
         raise DataFormatError(f"{path}: more than one mask for {', '.join(sorted(twice)[:5])}; keep one of each")
     if not masks:
         raise DataFormatError(f"{path}: no masks found; expected .nii, .nii.gz, .mgz or .mgh label volumes")
     return sorted(masks)
+
+
+def _masks(path: Path) -> Iterator[tuple[str, Path]]:
+    if path.exists() and is_volume(path):
+        yield _subject_id(path, MASK_ENDINGS), path
+    elif path.is_dir() and (volumes := _volumes(path)):
+        yield from ((_subject_id(file, MASK_ENDINGS), file) for file in volumes)
+    else:
+        for (subject, role), files in _read(find_layout(path), path, ()).found.items():
+            yield from ((subject, file) for file in files if role == MASK)
 
 
 def source_modalities(source: str | Path) -> tuple[str, ...]:
@@ -152,7 +175,8 @@ def source_modalities(source: str | Path) -> tuple[str, ...]:
     if layout == "bids":
         there = {role for _, role, _ in read_bids(source, tuple(ALIASES))}
         return tuple(modality for modality in ALIASES if modality in there)
-    folders = [folder.name for folder in _folders(source) if _volumes(folder)]
+    with reading_from(source):
+        folders = [folder.name for folder in _folders(source) if _volumes(folder)]
     names = tuple(name for name in folders if name.lower() not in MASK_FOLDERS)
     return ("t1",) if len(names) == 1 and names[0].lower() in IMAGE_FOLDERS else names
 
@@ -196,7 +220,7 @@ def _read_cases(source: Path, modalities: tuple[str, ...]) -> _Files:
         for file in _volumes(case):
             ending = _ending(stem(file), roles)
             if ending is None:
-                files.unmatched.append(Unmatched(file, f"its name ends in none of {', '.join(sorted(roles))}"))
+                files.leave_out(file, f"its name ends in none of {', '.join(sorted(roles))}")
             elif roles[ending] == MASK or roles[ending] in wanted:
                 files.add(case.name, wanted.get(roles[ending], MASK), file)
     return files
@@ -218,7 +242,7 @@ def _read_rows(source: Path, modalities: tuple[str, ...]) -> _Files:
             if path.exists():
                 files.add(row.subject, role, path)
             else:
-                files.unmatched.append(Unmatched(path, f"{row.place}: no such file"))
+                files.leave_out(path, f"{row.place}: no such file")
     return files
 
 
@@ -280,3 +304,16 @@ def _subject_id(path: Path, endings: Iterable[str]) -> str:
     name = stem(path)
     ending = _ending(name, endings)
     return name[: -len(ending) - 1] if ending else name
+
+
+def _fault(subject: str, path: Path) -> str:
+    """Why the file cannot be used under its name; empty where it can."""
+    if _printable(path) != path:
+        return "its name is not UTF-8; rename it"
+    if not is_file_name(subject):
+        return f"the subject would be called {subject!r}; rename it: neither empty, nor hidden, nor with slashes"
+    return ""
+
+
+def _printable(path: Path) -> Path:
+    return Path(str(path).encode(errors="backslashreplace").decode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,21 @@ from numpy.typing import NDArray
 from hpc_ddpm.data.covariates import write_participants
 from hpc_ddpm.data.discover import MASK
 from hpc_ddpm.data.geometry import restore
+from hpc_ddpm.data.intensity import background
 from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.data.parallel import ordered_map
-from hpc_ddpm.data.shards import INT16_SCALE, Packed, PackedSubject, open_packed, read_index
+from hpc_ddpm.data.plan import digest_of
+from hpc_ddpm.data.shards import (
+    INT16_SCALE,
+    Packed,
+    PackedSubject,
+    config_digest,
+    open_packed,
+    read_column,
+    read_index,
+)
 from hpc_ddpm.errors import ConfigError
-from hpc_ddpm.files import write_json, writing_to
+from hpc_ddpm.files import is_file_name, write_json, writing_to
 
 NOTE = "export.json"
 Progress = Callable[[int, int], None]
@@ -41,7 +51,7 @@ def export(
 
     Args:
         path: of the packed dataset.
-        out: created where missing; `export.json` in it says how it was made.
+        out: created where missing; `export.json` in it says how it was made, and of what.
         split: only these subjects.
         original_grid: put volumes back on the grid of the subject's file; outside what was packed is background.
         intensities: [-1, 1] as packed, or the file's own by the range stored with the subject. What was clipped
@@ -54,7 +64,8 @@ def export(
 
     Raises:
         DataFormatError: not a packed dataset, or damaged.
-        ConfigError: `out` holds another export, or the original intensities are not known.
+        ConfigError: `out` holds another export, or subjects that were packed anew since; or the original intensities
+            are not known.
     """
     if intensities not in INTENSITIES:
         raise ConfigError(f"intensities {intensities!r} found, expected one of {', '.join(INTENSITIES)}")
@@ -64,10 +75,12 @@ def export(
             f"{path}: data.normalization=med_ddpm_whole_head scaled every slice by itself, which cannot be undone; "
             "export with --intensities unit"
         )
+    if unfit := [modality for modality in packed.data.modalities if not is_file_name(modality)]:
+        raise ConfigError(f"{path}: modality {unfit[0]!r} cannot name a folder; pack again under another name")
     subjects = packed.subjects(split)
     with writing_to(out):
-        first = read_index(packed.path).shards[0]["sha256"][:12]  # stays when subjects are added
-        _claim(out, {"shard": first, "original_grid": original_grid, "intensities": intensities})
+        keys, wanted = _keys(packed), {subject.id for subject in subjects}
+        _claim(out, {"original_grid": original_grid, "intensities": intensities}, keys, wanted)
         if covariates := packed.data.covariates:
             ids = [subject.id for subject in packed.subjects()]
             numbers = packed.covariates(covariates).tolist()
@@ -79,16 +92,38 @@ def export(
     return len(subjects)
 
 
-def _claim(out: Path, wanted: dict[str, Any]) -> None:
-    """Say in `export.json` what the folder holds, or refuse if it says otherwise."""
-    note = out / NOTE
-    if note.exists() and note.read_text(encoding="utf-8", errors="replace") == f"{json.dumps(wanted)}\n":
-        return
-    if out.is_dir() and any(out.iterdir()):
-        shown = ", ".join(f"{name}={value}" for name, value in wanted.items())
-        found = "another export" if note.exists() else "other files"
-        raise ConfigError(f"{out}: holds {found}, asked for one with {shown}; choose another --out or empty it")
-    write_json(note, wanted)
+def _keys(packed: Packed) -> dict[str, str]:
+    """Hash of each subject: of the settings, its files when it was packed, and its voxels."""
+    index, settings = read_index(packed.path), config_digest(packed.data)
+    sources = [source.decode() for source in read_column(packed.path, index, "source").tolist()]
+    return {
+        subject: digest_of([settings, source, index.crc32("image", i), index.crc32("mask", i)])
+        for i, (subject, source) in enumerate(zip(index.id, sources, strict=True))
+    }
+
+
+def _claim(out: Path, way: dict[str, Any], keys: Mapping[str, str], wanted: set[str]) -> None:
+    """Say in `export.json` what the folder holds, or will; refuse if it says otherwise."""
+    shown = ", ".join(f"{name}={value}" for name, value in way.items())
+    try:
+        there = json.loads((out / NOTE).read_text(encoding="utf-8"))
+        exported = dict(there.pop("subjects"))
+    except FileNotFoundError:
+        if out.is_dir() and any(out.iterdir()):
+            raise _refusal(out, f"holds other files, asked for an export with {shown}") from None
+        there, exported = way, {}
+    except (ValueError, LookupError, AttributeError, TypeError):
+        there, exported = None, {}
+    if there != way:
+        raise _refusal(out, f"holds another export, asked for one with {shown}")
+    if changed := [subject for subject, key in exported.items() if keys.get(subject) != key]:
+        some = ", ".join(changed[:5])
+        raise _refusal(out, f"holds {len(changed)} subjects that are not there any more or were packed anew ({some})")
+    write_json(out / NOTE, {**way, "subjects": {subject: keys[subject] for subject in sorted(wanted | set(exported))}})
+
+
+def _refusal(out: Path, found: str) -> ConfigError:
+    return ConfigError(f"{out}: {found}; choose another --out or empty it")
 
 
 def _export_subject(packed: Packed, out: Path, original_grid: bool, intensities: str, subject: PackedSubject) -> None:
@@ -101,7 +136,7 @@ def _export_subject(packed: Packed, out: Path, original_grid: bool, intensities:
     unit = image / np.float32(INT16_SCALE) if image.dtype == np.int16 else image
     ranges = packed.intensity(subject.index)
     for modality, volume, (low, high) in zip(packed.data.modalities, unit, ranges, strict=True):
-        volume = restore(volume, geometry, float(volume.min())) if original_grid else volume
+        volume = restore(volume, geometry, background(volume, packed.data)) if original_grid else volume
         write_nifti(files[modality], _scaled(volume, low, high) if intensities == "original" else volume, affine)
     write_nifti(files[MASK], restore(mask, geometry) if original_grid else mask, affine)
 

@@ -54,6 +54,11 @@ def normalize(
     return _scale(volume, low, high), np.array([low, high], np.float32)
 
 
+def background(volume: Volume32, config: DataConfig) -> float:
+    """What lies outside a volume of `normalize`: -1, or its least value where zscore may leave that above."""
+    return float(volume.min()) if config.normalization == "zscore" else -1.0
+
+
 def _percentiles(volume: Volume32, config: DataConfig, path: Path) -> tuple[float, float]:
     low, high = (float(value) for value in np.percentile(volume, [config.low, config.high]))
     if low == high:

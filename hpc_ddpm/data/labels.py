@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BRATS_ENHANCING_ON_DISK, BRATS_ENHANCING, BRATS_BRAIN = 4, 3, 4
 OUTER_NAMES = ("head", "brain")
+MAX_ROUNDING = 0.01
+"""Of a label from a whole number: scale factors, with which integers are stored, leave up to 0.008 (BraTS in uint8)."""
 
 
 def brats_raw_labels(labels: LabelsConfig) -> LabelsConfig:
@@ -35,20 +37,16 @@ def remap_labels(mask: NDArray[Any], labels: LabelsConfig, path: Path) -> NDArra
     """Mask values as on disk to the scheme's, as uint8; -1 counts as background (some BraTS files carry it).
 
     Args:
-        mask: any shape, any number type, whole values.
+        mask: any shape, any number type; whole values, up to what scale factors leave.
         labels: `remap` is applied once, to all values at the same time.
         path: of the mask, for messages.
 
     Raises:
-        DataFormatError: fractional values, or values that are neither 0 nor in `labels.names`.
+        DataFormatError: fractional values, NaN, or values that are neither 0 nor in `labels.names`.
     """
+    if mask.dtype.kind == "f":
+        mask = _rounded(mask, path)
     values = np.unique(mask)
-    if mask.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
-        example = next(float(v) for v in values if not np.isfinite(v) or v != np.rint(v))
-        raise DataFormatError(
-            f"{path}: fractional label {example:g} found, whole numbers expected; "
-            "the mask was resampled with interpolation: resample it with nearest neighbour"
-        )
     rules = {-1: 0, **labels.remap}
     present = {int(value): rules.get(int(value), int(value)) for value in values}
     unexpected = sorted(value for value, label in present.items() if label != 0 and label not in labels.names)
@@ -62,6 +60,19 @@ def remap_labels(mask: NDArray[Any], labels: LabelsConfig, path: Path) -> NDArra
         if label:
             remapped[mask == value] = label
     return remapped
+
+
+def _rounded(mask: NDArray[Any], path: Path) -> NDArray[Any]:
+    if not np.isfinite(mask).all():
+        raise DataFormatError(f"{path}: NaN or infinite labels found, whole numbers expected; replace them by 0")
+    rounded = np.rint(mask)
+    fractional = mask[np.abs(mask - rounded) > MAX_ROUNDING]
+    if fractional.size:
+        raise DataFormatError(
+            f"{path}: fractional label {fractional.min():g} found, whole numbers expected; "
+            "the mask was resampled with interpolation: resample it with nearest neighbour"
+        )
+    return rounded
 
 
 def add_foreground(mask: NDArray[np.uint8], inside: NDArray[np.bool_], labels: LabelsConfig) -> None:

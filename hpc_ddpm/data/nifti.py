@@ -23,7 +23,10 @@ from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import atomic_path
 
 SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".NII.GZ", ".NII", ".MGZ", ".MGH")
-_UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error)
+_UNREADABLE = (
+    *(ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error),
+    *(MemoryError, OverflowError),  # a header that promises too much
+)
 
 Affine = NDArray[np.float64]
 Shape3 = tuple[int, int, int]
@@ -118,7 +121,11 @@ def read_header(path: str | Path) -> Header:
     if path.is_dir():
         slices = read_slices(path)
         columns, rows, frames = slices[0].shape
-        return Header((columns, rows, frames * len(slices)), any(one.is_scaled for one in slices), True)
+        return Header(
+            (columns, rows, frames * len(slices)),
+            any(one.is_scaled for one in slices),
+            all(one.is_placed for one in slices),
+        )
     image = _open(path)
     slope, offset = getattr(image.dataobj, "slope", 1.0), getattr(image.dataobj, "inter", 0.0)
     codes = [int(image.header.get(name, 1)) for name in ("sform_code", "qform_code")]

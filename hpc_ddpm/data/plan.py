@@ -33,6 +33,7 @@ from hpc_ddpm.data.shards import (
     shard_name,
 )
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import reading_from
 
 MAX_NAMED = 5
 ELSEWHERE = "pack into another --out, or replace it with --overwrite"
@@ -95,17 +96,30 @@ def digest_of(parts: Sequence[str]) -> str:
 
 
 def build_rows(config: DataConfig, subjects: Sequence[Subject]) -> list[Row]:
-    """A row for every subject, in the same order; looks at each file's size and time."""
+    """A row for every subject, in the same order; looks at each file's size and time.
+
+    Raises:
+        DataFormatError: a file that the system does not let be looked at.
+    """
     settings, rows = config_digest(config), []
     for subject in subjects:
         volumes = (subject.mask, *subject.images.values())
-        stats = [file.stat() for volume in volumes for file in volume_files(volume)]
-        facts = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        with reading_from(subject.mask):
+            facts = [_size_and_time(file) for volume in volumes for file in volume_files(volume)]
         about = repr(facts) + (repr(subject.covariates) if subject.covariates else "")
         source = sha256(about.encode()).hexdigest()[:16]
         key = digest_of([settings, subject.id, source])
-        rows.append(Row(subject, source, sum(stat.st_size for stat in stats), key))
+        rows.append(Row(subject, source, sum(size for size, _ in facts), key))
     return rows
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    """Bytes and nanoseconds; 0 for a link that leads nowhere, which reading it will say."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def build_plan(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: bool) -> Plan:
@@ -210,10 +224,7 @@ def _is_there(out: Path, entry: ShardEntry) -> bool:
 
 
 def _check_settings(out: Path, index: Index, config: DataConfig) -> None:
-    given, wanted = (
-        data.model_dump(mode="json", exclude={*READING_SETTINGS})
-        for data in (DataConfig.model_validate(index.data), config)
-    )
+    given, wanted = (data.model_dump(mode="json", exclude={*READING_SETTINGS}) for data in (index.config, config))
     names = [name for name in wanted if json.dumps(given.get(name)) != json.dumps(wanted[name])]
     if names:
         listed = ", ".join(f"data.{name}" for name in names)

@@ -17,7 +17,7 @@ from hpc_ddpm.data.discover import Subject
 from hpc_ddpm.data.foreground import box_around, head
 from hpc_ddpm.data.geometry import Geometry, fit, resample
 from hpc_ddpm.data.hooks import hooked
-from hpc_ddpm.data.intensity import normalize
+from hpc_ddpm.data.intensity import background, normalize
 from hpc_ddpm.data.labels import add_foreground, brats_raw_labels, check_present, remap_labels
 from hpc_ddpm.data.nifti import Affine, Volume, read_nifti
 from hpc_ddpm.errors import DataFormatError
@@ -137,9 +137,9 @@ def _normalize_and_fit(
     """Med-DDPM scales BraTS volumes after the crop; all other ways see the whole volume."""
     if config.normalization == "med_ddpm_brats":
         return normalize(fit(raw, geometry, float(raw.min())), config, path)
-    is_zscore = config.normalization == "zscore"
-    volume, intensity = normalize(raw, config, path, head(labels, raw, config.labels) if is_zscore else None)
-    return fit(volume, geometry, float(volume.min()) if is_zscore else -1.0), intensity
+    inside = head(labels, raw, config.labels) if config.normalization == "zscore" else None
+    volume, intensity = normalize(raw, config, path, inside)
+    return fit(volume, geometry, background(volume, config)), intensity
 
 
 def _foreground(raw: Image, geometry: Geometry) -> NDArray[np.bool_]:

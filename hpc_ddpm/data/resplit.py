@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hpc_ddpm.data.shards import SPLITS, ShardEntry, read_index, write_index
 from hpc_ddpm.errors import ConfigError, DataFormatError
+from hpc_ddpm.files import writing_to
 
 
 def draw_splits(subjects: Sequence[str], val_fraction: float, test_fraction: float, seed: int) -> dict[str, str]:
@@ -19,7 +20,7 @@ def draw_splits(subjects: Sequence[str], val_fraction: float, test_fraction: flo
     Raises:
         ConfigError: fractions below 0 or 1 and more together, or too few subjects.
     """
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+    if min(val_fraction, test_fraction) < 0 or not val_fraction + test_fraction < 1:  # NaN is refused too
         raise ConfigError(
             f"--val {val_fraction:g} and --test {test_fraction:g} leave nothing to train on; "
             "give fractions of at least 0 and below 1 together"
@@ -49,6 +50,7 @@ def resplit(path: str | Path, splits: Mapping[str, str]) -> dict[str, int]:
 
     Raises:
         DataFormatError: not a packed dataset, or `splits` names other subjects than it holds.
+        ClusterError: it cannot be written.
     """
     path = Path(path)
     index = read_index(path)
@@ -57,7 +59,8 @@ def resplit(path: str | Path, splits: Mapping[str, str]) -> dict[str, int]:
         what = f"{len(missing)} packed subjects have no split" if missing else f"{len(unknown)} subjects are not packed"
         some = ", ".join((missing or unknown)[:5])
         raise DataFormatError(f"{path}: {what} ({some}); name exactly the subjects of `hpc-ddpm data ls`")
-    write_index(path, index.data, [_with_splits(entry, splits) for entry in index.shards])
+    with writing_to(path, "copy of the dataset"):
+        write_index(path, index.data, [_with_splits(entry, splits) for entry in index.shards])
     return {name: count for name in SPLITS if (count := Counter(splits.values())[name])}
 
 

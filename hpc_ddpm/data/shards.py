@@ -34,18 +34,21 @@ import h5py
 import hdf5plugin  # noqa: F401  (registers the filters)
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from hpc_ddpm.config import READING_SETTINGS, CovariateConfig, DataConfig
 from hpc_ddpm.data.chunks import UNDECODABLE, OpenShard, crc32
 from hpc_ddpm.data.geometry import Geometry
 from hpc_ddpm.data.nifti import Affine
 from hpc_ddpm.errors import ConfigError, DataFormatError
-from hpc_ddpm.files import write_json
+from hpc_ddpm.files import is_file_name, reading_from, write_json
 
 FORMAT, VERSION = "hpc_ddpm packed dataset", 2
 INDEX = "index.json"
 INT16_SCALE = 32767
 MAX_OPEN_SHARDS = 32
+COPY_OR_PACK = "copy it again, to another name that then replaces it (mv), or delete it and pack again"
+"""What to do about a damaged shard; one that is overwritten in place kills who reads it, see `chunks`."""
 SPLITS = ("train", "val", "test")
 
 Array = NDArray[Any]
@@ -87,9 +90,15 @@ def open_reader(path: Path) -> h5py.File:
         file = h5py.File(path, "r", locking=False)
     except FileNotFoundError:
         raise DataFormatError(f"{path}: this shard is missing; copy it again or pack again") from None
+    except PermissionError:
+        raise DataFormatError(f"{path}: cannot be read (Permission denied); mend its permissions") from None
     except OSError as error:
-        raise DataFormatError(f"{path}: damaged shard ({error}); copy it again, or delete it and pack again") from None
-    found = file.attrs.get("format"), file.attrs.get("version")
+        raise DataFormatError(f"{path}: damaged shard ({error}); {COPY_OR_PACK}") from None
+    try:
+        found = file.attrs.get("format"), file.attrs.get("version")
+    except UNDECODABLE as error:
+        file.close()
+        raise DataFormatError(f"{path}: damaged shard ({error}); {COPY_OR_PACK}") from None
     if found != (FORMAT, VERSION):
         file.close()
         raise DataFormatError(f"{path}: format {found[0]!r} version {found[1]} found, {_expected()}; pack again")
@@ -135,6 +144,8 @@ class Index:
     """The content of index.json: the shards, and all subjects in the order of their ids."""
 
     data: dict[str, Any]
+    """Settings, as they are in the file."""
+    config: DataConfig
     shards: list[ShardEntry]
     id: list[str]
     shard: NDArray[np.int64]
@@ -163,8 +174,15 @@ def build_index(data: dict[str, Any], shards: list[ShardEntry]) -> Index:
     Args:
         data: settings of the dataset.
         shards: in the order of their numbers.
+
+    Raises:
+        ValueError: settings that are none, or a subject, file or hash that cannot name a file.
     """
+    config = _validated(data)
     ids = list(chain.from_iterable(entry["id"] for entry in shards))
+    for name in chain(ids, *((entry["file"], entry["sha256"]) for entry in shards)):
+        if not is_file_name(name):
+            raise ValueError(f"{name!r} found, a name without slashes or leading dot expected")
     lengths = [len(entry["id"]) for entry in shards]
     shard = np.repeat(np.arange(len(shards)), lengths)
     begin = np.cumsum([0, *lengths])
@@ -178,7 +196,16 @@ def build_index(data: dict[str, Any], shards: list[ShardEntry]) -> Index:
     if empty or ids != sorted(ids):
         order = sorted(set(range(len(ids))).difference(empty), key=ids.__getitem__)
         ids, shard, row, split = [ids[i] for i in order], shard[order], row[order], split[order]
-    return Index(data, shards, ids, shard, row, split)
+    return Index(data, config, shards, ids, shard, row, split)
+
+
+def _validated(data: dict[str, Any]) -> DataConfig:
+    try:
+        return DataConfig.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        name = ".".join(map(str, ("data", *problem["loc"])))
+        raise ValueError(f"{name}: {problem['msg']}: packed by a newer version? then update this one") from None
 
 
 class Packed:
@@ -337,8 +364,7 @@ class Packed:
     def _damaged(self, index: int, what: str) -> DataFormatError:
         shard = self._index.shards[self._index.shard[index]]["file"]
         return DataFormatError(
-            f"{self.path / shard}: damaged at subject {self._index.id[index]}: {what}; "
-            "copy it again, or delete it and pack again"
+            f"{self.path / shard}: damaged at subject {self._index.id[index]}: {what}; {COPY_OR_PACK}"
         )
 
 
@@ -352,15 +378,13 @@ def open_packed(path: str | Path) -> Packed:
     index = read_index(path)
     for shard in index.shards:
         file = path / shard["file"]
-        if not file.is_file():
+        with reading_from(file):
+            size = file.stat().st_size if file.is_file() else None
+        if size is None:
             raise DataFormatError(f"{file}: this shard is missing; copy it again or pack again")
-        if file.stat().st_size != shard["size_bytes"]:
-            raise DataFormatError(
-                f"{file}: {file.stat().st_size} bytes found, {shard['size_bytes']} expected; "
-                "copy it again or pack again"
-            )
-    data = DataConfig.model_validate(index.data)
-    return Packed(path, index, data.model_copy(update={"path": str(path)}))
+        if size != shard["size_bytes"]:
+            raise DataFormatError(f"{file}: {size} bytes found, {shard['size_bytes']} expected; {COPY_OR_PACK}")
+    return Packed(path, index, index.config.model_copy(update={"path": str(path)}))
 
 
 def read_index(path: Path) -> Index:
@@ -369,13 +393,15 @@ def read_index(path: Path) -> Index:
     Raises:
         DataFormatError: as `open_packed`, except for shards.
     """
-    if not path.is_dir():
-        raise DataFormatError(f"{path}: no such packed dataset; run `hpc-ddpm pack` or set data.path")
     file = path / INDEX
-    if not file.is_file():
-        raise DataFormatError(f"{path}: no {INDEX}, so packing has not finished here; run `hpc-ddpm pack` (again)")
+    with reading_from(file):
+        if not path.is_dir():
+            raise DataFormatError(f"{path}: no such packed dataset; run `hpc-ddpm pack` or set data.path")
+        if not file.is_file():
+            raise DataFormatError(f"{path}: no {INDEX}, so packing has not finished here; run `hpc-ddpm pack` (again)")
+        text = file.read_bytes()
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text)
         found = content.get("format"), content.get("version")
         if found == (FORMAT, VERSION):
             return build_index(content["data"], content["shards"])
@@ -385,13 +411,25 @@ def read_index(path: Path) -> Index:
 
 
 def read_column(path: Path, index: Index, name: str) -> Array:
-    """A small dataset of all subjects, (N, ...), in the order of the index."""
-    columns = []
-    for entry in index.shards:
-        with open_reader(path / entry["file"]) as file:
-            columns.append(file[name][:])
+    """A small dataset of all subjects, (N, ...), in the order of the index.
+
+    Raises:
+        DataFormatError: a shard is missing or damaged.
+    """
+    columns = [_read_column(path / entry["file"], name, len(entry["id"])) for entry in index.shards]
     lengths = np.cumsum([0, *(len(column) for column in columns)])
     return np.asarray(np.concatenate(columns)[lengths[index.shard] + index.row])
+
+
+def _read_column(path: Path, name: str, num_rows: int) -> Array:
+    with open_reader(path) as file:
+        try:
+            column = np.asarray(file[name][:])
+        except UNDECODABLE as error:
+            raise DataFormatError(f"{path}: damaged: {name} cannot be read ({error}); {COPY_OR_PACK}") from None
+    if len(column) != num_rows:
+        raise DataFormatError(f"{path}: {len(column)} rows of {name} found, {num_rows} expected; {COPY_OR_PACK}")
+    return column
 
 
 def write_index(path: Path, data: dict[str, Any], shards: list[ShardEntry], scratch: Path | None = None) -> None:

@@ -30,7 +30,7 @@ def list_subjects(path: str | Path, split: str | None = None) -> list[dict[str, 
     """
     path = Path(path)
     index = read_index(path)
-    names = list(DataConfig.model_validate(index.data).labels.names.values())
+    names = list(index.config.labels.names.values())
     voxels = read_column(path, index, "label_voxels")
     rows = zip(index.id, index.split.tolist(), index.shard.tolist(), index.row.tolist(), voxels.tolist(), strict=True)
     return [
@@ -60,7 +60,7 @@ def summarise(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     index = read_index(path)
-    data = DataConfig.model_validate(index.data)
+    data = index.config
     affines, shapes = read_column(path, index, "affine"), read_column(path, index, "original_shape")
     intensity = read_column(path, index, "intensity")
     splits = Counter(SPLITS[code] for code in index.split.tolist())

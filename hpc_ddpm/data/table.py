@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import is_file_name
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json")
 SPLITS = ("train", "val", "test")
@@ -105,7 +106,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
             records = content.get("subjects") if isinstance(content, dict) else content
         else:
             delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-            records = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+            rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
+            records = [_of_columns(path, number, row) for number, row in enumerate(rows, start=1)]
     except (OSError, ValueError, csv.Error) as error:
         raise DataFormatError(f"{path}: not a readable table ({str(error).splitlines()[0]})") from None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
@@ -113,11 +115,22 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _of_columns(path: Path, number: int, row: dict[str | None, Any]) -> dict[str, Any]:
+    """A row without cells that have no column, which must be empty, and columns that have no name."""
+    surplus = row.pop(None, [])
+    if any(cell.strip() for cell in surplus):
+        raise DataFormatError(
+            f"{path}, row {number}: {len(row) + len(surplus)} cells found, {len(row)} columns expected; "
+            "put a cell that holds the separator into quotes"
+        )
+    return {name: cell for name, cell in row.items() if name}
+
+
 def _row(path: Path, number: int, record: Mapping[str, Any], modalities: tuple[str, ...]) -> Row:
     place = f"{path}, row {number}"
     cells = {str(name).lower(): str(value or "").strip() for name, value in record.items()}
     subject = cells.get("subject", "")
-    if not subject or subject.startswith(".") or set(subject) & {"/", "\\", "\0"}:
+    if not is_file_name(subject):
         raise DataFormatError(f"{place}: subject {subject!r} found, a name without / or leading dot expected")
     split = cells.get("split") or None
     if split not in (*SPLITS, None):
@@ -131,6 +144,6 @@ def _path(root: Path, cell: str, column: str, place: str) -> Path:
         raise DataFormatError(f"{place}: column {column} is empty; give a path or remove the row")
     if Path(cell).is_absolute():
         return Path(cell)
-    if Path(os.path.normpath(cell)).parts[0] == os.pardir:
+    if Path(os.path.normpath(cell)).parts[:1] == (os.pardir,):
         raise DataFormatError(f"{place}: {cell} leaves the table's folder; give an absolute path")
     return root / os.path.normpath(cell)

@@ -31,6 +31,7 @@ from hpc_ddpm.data.shards import (
     to_hex,
 )
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import reading_from
 
 Findings = Iterator[Finding]
 Progress = Callable[[int, int], None]
@@ -85,14 +86,14 @@ def verify(
     path = Path(path)
     try:
         index = read_index(path)
-        data = DataConfig.model_validate(index.data)
         _check_types(index.shards)
-    except (DataFormatError, ValueError) as error:
-        if not (path / INDEX).is_file():
-            raise
+    except DataFormatError as error:
+        with reading_from(path):
+            if not (path / INDEX).is_file():
+                raise
         return [Finding("index-damaged", str(error).splitlines()[0].removeprefix(f"{path / INDEX}: "))]
-    settings = config_digest(data)
-    shards = [_Shard(path / Path(entry["file"]).name, entry, data, settings) for entry in index.shards]
+    settings = config_digest(index.config)
+    shards = [_Shard(path / entry["file"], entry, index.config, settings) for entry in index.shards]
     findings = [*_check_index(index), *_check_folder(path, index)]
     judge = partial(_check_shard, deep=deep)
     for number, found in enumerate(ordered_map(judge, shards, num_workers, preload=__name__), start=1):
@@ -121,10 +122,8 @@ def _check_index(index: Index) -> Findings:
         yield Finding("index-mismatch", f"{len(twice)} subjects are in the index twice", tuple(twice), INDEX)
     files = [entry["file"] for entry in index.shards]
     for file, count in Counter(files).items():
-        if count > 1 or Path(file).name != file:
-            yield Finding(
-                "index-mismatch", f"shard {file} is named {count} times, a plain name once expected", (), INDEX
-            )
+        if count > 1:
+            yield Finding("index-mismatch", f"shard {file} is named {count} times, once expected", (), INDEX)
 
 
 def _check_folder(path: Path, index: Index) -> Findings:
@@ -161,7 +160,11 @@ def _check_shard(shard: _Shard, deep: bool) -> list[Finding]:
     if size != shard.entry["size_bytes"]:
         found = f"{shard.path.name} has {size} bytes, {shard.entry['size_bytes']} expected"
         return [*entry, shard.finding("wrong-size", found, ()), *_look_apart(shard)]
-    if _sha256(shard.path) != shard.entry["sha256"]:
+    try:
+        digest = _sha256(shard.path)
+    except OSError as error:
+        return [*entry, shard.finding("unreadable-shard", f"{shard.path.name} cannot be read: {error.strerror}")]
+    if digest != shard.entry["sha256"]:
         found = f"SHA-256 of {shard.path.name} differs from the index"
         return [*entry, shard.finding("wrong-checksum", found, ()), *_look_apart(shard)]
     return [*entry, *_look_inside(shard, deep)]

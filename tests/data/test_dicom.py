@@ -60,6 +60,12 @@ def test_voxels_and_place(tmp_path: Path, volume: np.ndarray, name: str) -> None
             "slices of different orientations",
         ),
         (lambda f: (f / "x.dcm").write_bytes(b"no image"), "x.dcm is damaged or not a DICOM image"),
+        (
+            lambda f: write_slice(
+                f / "x.dcm", np.ones((10, 8)), 24, "1.2.3.4", RescaleSlope=None, RescaleIntercept=None
+            ),
+            "x.dcm is damaged or not a DICOM image",
+        ),
         (lambda f: [file.unlink() for file in f.iterdir()], "no DICOM files found"),
     ],
 )
@@ -69,6 +75,13 @@ def test_series_that_are_none(tmp_path: Path, volume: np.ndarray, spoil: Callabl
     with pytest.raises(DataFormatError, match=message) as error:
         read_nifti(folder)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("tag", ["ImageOrientationPatient", "PixelSpacing"])
+def test_a_place_that_the_reader_made_up_is_none(tmp_path: Path, volume: np.ndarray, tag: str) -> None:
+    for number, pixels in enumerate(volume):
+        write_slice(tmp_path / "s" / f"{number:03d}.dcm", pixels, 2 * number, "1.2.3.4", **{tag: None})
+    assert not read_header(tmp_path / "s").has_affine
 
 
 @pytest.mark.parametrize("source", ["tree", "table"])

@@ -1,10 +1,12 @@
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data.discover import discover, find_layout, find_masks
+from hpc_ddpm.data.discover import discover, find_layout, find_masks, source_modalities
 from hpc_ddpm.errors import DataFormatError
 
 BRATS = ("t1", "t1ce", "t2", "flair")
@@ -121,12 +123,21 @@ def test_tables(tmp_path: Path, kind: str) -> None:
         ("subject,mask,t1\na/b,m.nii,i.nii\n", "subject 'a/b' found"),
         ("subject,mask,t1\n..,m.nii,i.nii\n", r"subject '\.\.' found"),
         ("subject,mask,t1,split\na,m.nii,i.nii,dev\n", "split 'dev' found, expected train, val, test"),
+        ("subject,mask,t1\na,m.nii,i.nii,\nb,m,1.nii,i.nii\n", "row 2: 4 cells found, 3 columns expected; put a"),
+        ("subject,mask,t1\na,.,i.nii\n", "no complete subject found"),
     ],
 )
 def test_table_mistakes(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataFormatError, match=message):
         discover(tmp_path / "t.csv", DataConfig())
+
+
+def test_commas_at_the_end_of_lines_mean_nothing(tmp_path: Path) -> None:
+    touch(tmp_path, "m.nii", "i.nii")
+    (tmp_path / "t.csv").write_text("subject,mask,t1,\na,m.nii,i.nii,,\n")
+    assert list(found(tmp_path / "t.csv")) == ["a"]
+    assert source_modalities(tmp_path / "t.csv") == ("t1",)
 
 
 def test_broken_json_tables(tmp_path: Path) -> None:
@@ -184,3 +195,45 @@ def test_find_masks(tmp_path: Path) -> None:
     touch(tmp_path, "empty/mask/readme.txt")
     with pytest.raises(DataFormatError, match="no masks found"):
         find_masks(tmp_path / "empty")
+
+
+def test_names_that_will_not_do_are_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "mask/a.nii", "t1/a.nii", "mask/_mask.nii", "t1/_t1.nii", "mask/b\\c.nii", "t1/b\\c.nii")
+    for role in ("mask", "t1"):
+        (tmp_path / role / "M\udcfcller.nii").write_bytes(b"")
+    result = discover(tmp_path, DataConfig())
+    assert [subject.id for subject in result.subjects] == ["a"]
+    reasons = {str(entry).encode().decode().rpartition("/")[2] for entry in result.unmatched}
+    assert {reason.partition(";")[0] for reason in reasons} == {
+        "_mask.nii: the subject would be called ''",
+        "_t1.nii: the subject would be called ''",
+        "b\\c.nii: the subject would be called 'b\\\\c'",
+        "M\\udcfcller.nii: its name is not UTF-8",
+    }
+    (tmp_path / "mask" / "_mask.nii").unlink()
+    (tmp_path / "mask" / "b\\c.nii").unlink()
+    with pytest.raises(DataFormatError, match=r"M\\udcfcller\.nii: its name is not UTF-8; rename it"):
+        find_masks(tmp_path / "mask")
+
+
+def test_folders_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "mask/a.nii", "t1/a.nii")
+    real = Path.iterdir
+
+    def iterdir(folder: Path) -> Iterator[Path]:
+        if folder.name == "t1":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    for look in (lambda: discover(tmp_path, DataConfig()), lambda: source_modalities(tmp_path)):
+        with pytest.raises(DataFormatError, match=r"t1: cannot be read \(Permission denied\); mend its permissions"):
+            look()
+
+
+def test_a_stray_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "mask/a.nii", "t1/a.nii", "t1/private/notes")
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+    result = discover(tmp_path, DataConfig())
+    assert [subject.id for subject in result.subjects] == ["a"]
+    assert [entry.reason for entry in result.unmatched] == ["subject private has no mask"]

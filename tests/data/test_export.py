@@ -60,6 +60,21 @@ def test_original_grid_and_intensities(tmp_path: Path) -> None:
         assert read(tmp_path / "out" / "mask" / name)[0].dtype == np.uint8
 
 
+@pytest.mark.parametrize(("normalization", "outside"), [("percentile", 0.0), ("zscore", 206.0)])
+def test_outside_a_crop_without_background_is_background(tmp_path: Path, normalization: str, outside: float) -> None:
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[2:10, 2:10, 2:10] = 1
+    mask[5, 5, 5] = 2
+    image = np.where(mask, np.linspace(206, 900, mask.size).reshape(mask.shape), 0).astype(np.float32)
+    image[2:10, 2:10, 2:10] += 206 - image[2, 2, 2]
+    for role, volume in (("mask", mask), ("t1", image)):
+        write_nifti(tmp_path / "source" / role / "s.nii.gz", volume, LPS)
+    data = DataConfig(size=(8, 8, 8), normalization=normalization, low=0, high=100, zscore_clip=20)
+    pack(tmp_path / "source", tmp_path / "packed", data)
+    export(tmp_path / "packed", tmp_path / "out", original_grid=True, intensities="original")
+    assert read(tmp_path / "out" / "t1" / "s.nii.gz")[0][0, 0, 0] == pytest.approx(outside, abs=1)
+
+
 def test_what_is_exported_packs_to_itself(tmp_path: Path) -> None:
     data = DataConfig(size=(10, 20, 16))
     pack(make_source(tmp_path / "source", (14, 16, 18)), tmp_path / "packed", data)
@@ -148,3 +163,30 @@ def nifti_equal() -> Callable[..., None]:
         assert (two[:margin] == two.min()).all()
 
     return compare
+
+
+def test_subjects_that_were_packed_anew_are_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", (12, 12, 12))
+    data = DataConfig(size=(12, 12, 12), shard_size_gib=5e-6)  # a shard for each subject
+    pack(source, tmp_path / "packed", data)
+    export(tmp_path / "packed", tmp_path / "out")
+    for new in ("s2", "s1"):
+        for role in ("mask", "t1"):
+            volume, affine = read(source / role / "s0.nii.gz")
+            write_nifti(source / role / f"{new}.nii.gz", volume.T[::-1], affine)
+        if new == "s2":
+            pack(source, tmp_path / "packed", data)
+            assert export(tmp_path / "packed", tmp_path / "out") == 3
+    pack(source, tmp_path / "packed", data, overwrite=True)
+    assert len(list((tmp_path / "packed").glob("*.h5"))) == 3
+    with pytest.raises(ConfigError, match=r"holds 1 subjects that are .* packed anew \(s1\); choose another --out or"):
+        export(tmp_path / "packed", tmp_path / "out")
+    assert export(tmp_path / "packed", tmp_path / "new") == 3
+
+
+def test_a_modality_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", (12, 12, 12))
+    (source / "t.csv").write_text("subject,mask,../t1\ns,mask/s0.nii.gz,t1/s0.nii.gz\n")
+    pack(source / "t.csv", tmp_path / "packed", DataConfig(size=(12, 12, 12), modalities=("../t1",)))
+    with pytest.raises(ConfigError, match=r"modality '\.\./t1' cannot name a folder"):
+        export(tmp_path / "packed", tmp_path / "out")

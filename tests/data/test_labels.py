@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hpc_ddpm.data.labels import (
     remap_labels,
     to_brats_raw,
 )
+from hpc_ddpm.data.nifti import read_nifti
 from hpc_ddpm.errors import ConfigError, DataFormatError
 
 BRATS = load_config("brats_192").config.data.labels
@@ -25,6 +27,18 @@ def test_remap_is_simultaneous_and_minus_one_is_background() -> None:
     remapped = remap_labels(mask, labels, FILE)
     assert remapped.dtype == np.uint8
     assert remapped.tolist() == [0, 0, 2, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8])
+def test_labels_stored_with_scale_factors(tmp_path: Path, dtype: type) -> None:
+    mask = np.arange(60, dtype=np.float64).reshape(3, 4, 5) % 5
+    image = nib.Nifti1Image(mask.T, np.eye(4))
+    image.set_data_dtype(dtype)
+    nib.save(image, tmp_path / "m.nii")
+    stored = read_nifti(tmp_path / "m.nii", dtype=None).data
+    assert not np.array_equal(stored, mask)
+    labels = LabelsConfig(names={1: "a", 2: "b", 3: "c", 4: "d"})
+    np.testing.assert_array_equal(remap_labels(stored, labels, FILE), mask)
 
 
 def test_raw_brats_scheme() -> None:
@@ -50,7 +64,9 @@ def test_back_to_raw_brats() -> None:
     ("values", "message"),
     [
         ([0, 1.5], "fractional label 1.5 found"),
-        ([0, np.nan], "fractional label nan found"),
+        ([0, 1.02], "fractional label 1.02 found"),
+        ([0, np.nan], "NaN or infinite labels found, whole numbers expected"),
+        ([0, np.inf], "NaN or infinite labels found"),
         ([0, 1, 7, 9], r"unexpected labels \[7, 9\] found, expected 0 and 1 \(head\), 2 \(tumour\)"),
         ([-2, 1], r"unexpected labels \[-2\] found"),
         (list(range(3, 30)), r"unexpected labels \[3, 4, .*\] and 17 more found"),

@@ -5,7 +5,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from hpc_ddpm.data.nifti import oriented_grid, read_nifti, stem, to_file_order, write_nifti
+from hpc_ddpm.data.check.findings import KINDS
+from hpc_ddpm.data.nifti import axis_codes, oriented_grid, read_header, read_nifti, stem, to_file_order, write_nifti
 from hpc_ddpm.errors import ConfigError, DataFormatError
 
 SHEARED = np.array([[0, -1.5, 0.1, 10], [0.2, 0, 2.0, -20], [-1.0, 0.1, 0, 30], [0, 0, 0, 1.0]])
@@ -115,7 +116,10 @@ def damaged_files(folder: Path) -> dict[str, str]:
     flipped = bytearray((folder / "whole.nii.gz").read_bytes())
     flipped[len(flipped) // 2] ^= 0x55
     (folder / "flipped.nii.gz").write_bytes(flipped)
-    names = ("cut.nii.gz", "cut.nii", "empty.nii.gz", "text.nii.gz", "text.nii", "flipped.nii.gz")
+    huge = bytearray((folder / "whole.nii").read_bytes())
+    huge[42:48] = b"\xff\x7f" * 3
+    (folder / "huge.nii.gz").write_bytes(gzip.compress(huge))
+    names = ("huge.nii.gz", "cut.nii.gz", "cut.nii", "empty.nii.gz", "text.nii.gz", "text.nii", "flipped.nii.gz")
     return dict.fromkeys(names, "damaged or not a NIfTI file") | {
         "absent.nii": "no such file",
         "picture.png": "no such file",
@@ -128,6 +132,14 @@ def test_every_damaged_file_is_named(tmp_path: Path) -> None:
             read_nifti(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_without_an_affine_x_runs_from_right_to_left(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.ones((2, 3, 4), np.uint8), None)
+    nib.save(image, tmp_path / "a.nii")
+    assert not read_header(tmp_path / "a.nii").has_affine
+    assert axis_codes(read_nifti(tmp_path / "a.nii").affine) == "LAS"
+    assert KINDS["no-affine"].advice.endswith("without one x is taken to run from right to left")
 
 
 def test_wrong_kinds_of_input(tmp_path: Path) -> None:

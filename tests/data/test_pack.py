@@ -222,6 +222,22 @@ def test_bad_subjects_are_all_named_and_nothing_is_published(
     assert [subject.id for subject in open_packed(out).subjects()] == [f"head_000{i}" for i in (0, 1, 2, 3, 5)]
 
 
+def test_a_link_that_leads_nowhere_is_one_bad_subject(
+    heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]
+) -> None:
+    link = heads / "t1" / "head_0001.nii.gz"
+    link.rename(tmp_path / "annexed.nii.gz")
+    link.symlink_to("nowhere")
+    with pytest.raises(
+        DataFormatError, match=r"1 of 6 subjects cannot be packed.*\n.*head_0001\.nii\.gz: no such file"
+    ):
+        pack(heads, tmp_path / "out", tiny())
+    assert pack(heads, tmp_path / "out", tiny(), skip_bad=True).num_subjects == 5
+    link.unlink()
+    link.symlink_to(tmp_path / "annexed.nii.gz")
+    assert pack(heads, tmp_path / "out", tiny()).num_subjects == 6
+
+
 def test_a_mended_file_joins_the_finished_ones(heads: Path, tmp_path: Path, tiny: Callable[..., DataConfig]) -> None:
     cut = heads / "t1" / "head_0001.nii.gz"
     whole = cut.read_bytes()

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -20,7 +21,8 @@ from hpc_ddpm.data.chunks import FLETCHER32_BYTES, OpenShard
 from hpc_ddpm.data.dataset import Expand, VolumeDataset, to_unit_range
 from hpc_ddpm.data.labels import one_hot
 from hpc_ddpm.data.pack import pack
-from hpc_ddpm.data.shards import Packed, open_packed
+from hpc_ddpm.data.shards import Packed, open_packed, read_column, read_index
+from hpc_ddpm.data.summary import list_subjects, summarise
 from hpc_ddpm.errors import DataFormatError
 
 
@@ -267,3 +269,74 @@ def test_label_order_survives(heads: Path, tmp_path: Path, tiny: Callable[..., D
     assert list(open_packed(tmp_path / "out").data.labels.names) == [2, 1]
     with pytest.raises(DataFormatError, match=r"holds a dataset with other settings \(data\.labels\)"):
         pack(heads, tmp_path / "out", tiny(labels=LabelsConfig()))
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("id", "../../evil"), ("id", ""), ("id", ".x"), ("id", "a\\b"), ("id", "\udcfc"), ("file", "../x.h5")],
+)
+def test_names_of_an_index_stay_in_its_folder(packed_path: Path, key: str, name: str) -> None:
+    content = json.loads((packed_path / "index.json").read_text())
+    content["shards"][0][key] = [name, "b"] if key == "id" else name
+    (packed_path / "index.json").write_text(json.dumps(content))
+    with pytest.raises(DataFormatError, match=r"index\.json: .*found, a name without slashes or leading dot expected"):
+        open_packed(packed_path)
+
+
+def test_settings_of_a_newer_version_are_named(packed_path: Path, heads: Path, tiny: Callable[..., DataConfig]) -> None:
+    content = json.loads((packed_path / "index.json").read_text())
+    content["data"]["warp"] = "spline"
+    (packed_path / "index.json").write_text(json.dumps(content))
+    message = r"index\.json: not a readable index \(data\.warp: .*: packed by a newer version\?"
+    for look in (summarise, list_subjects, open_packed, lambda path: pack(heads, path, tiny())):
+        with pytest.raises(DataFormatError, match=message) as caught:
+            look(packed_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_may_not_be_read_is_named(packed_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, refused = read_index(packed_path), PermissionError(errno.EACCES, "Permission denied")
+    for module, name, look, file in (
+        (h5py, "File", lambda: read_column(packed_path, index, "affine"), "shard-00000.h5"),
+        (Path, "read_bytes", lambda: list_subjects(packed_path), "index.json"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, **__: (_ for _ in ()).throw(refused))
+        with pytest.raises(
+            DataFormatError, match=rf"{file}: cannot be read \(Permission denied\); mend its permissions"
+        ):
+            look()
+
+
+def test_damaged_columns_are_named(packed_path: Path) -> None:
+    with h5py.File(packed_path / "shard-00001.h5", "r+") as file:
+        del file["affine"]
+        file["label_voxels_"] = file["label_voxels"][:1]
+        del file["label_voxels"]
+        file.move("label_voxels_", "label_voxels")
+    for look, message in ((summarise, "affine cannot be read"), (list_subjects, "1 rows of label_voxels found, 2")):
+        with pytest.raises(DataFormatError, match=rf"shard-00001\.h5: .*{message}"):
+            look(edited_size(packed_path))
+
+
+def edited_size(packed_path: Path) -> Path:
+    content = json.loads((packed_path / "index.json").read_text())
+    content["shards"][1]["size_bytes"] = (packed_path / "shard-00001.h5").stat().st_size
+    (packed_path / "index.json").write_text(json.dumps(content))
+    return packed_path
+
+
+def test_a_short_read_is_continued(packed_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, real = voxels(open_packed(packed_path)), os.preadv
+    monkeypatch.setattr(chunks, "_is_cached", lambda *where: False)
+    monkeypatch.setattr(os, "preadv", lambda file, parts, *where: real(file, [parts[0][:100]], *where))
+    assert voxels(open_packed(packed_path)) == expected
+
+
+def test_a_chunk_that_is_not_there(packed_path: Path) -> None:
+    with h5py.File(packed_path / "shard-00000.h5", "r+") as file:
+        empty = file.create_dataset("empty", file["mask"].shape, "uint8", chunks=file["mask"].chunks)
+        assert empty.id.get_num_chunks() == 0
+        del file["mask"]
+        file.move("empty", "mask")
+    with h5py.File(packed_path / "shard-00000.h5") as file, pytest.raises(ValueError, match="nothing stored"):
+        OpenShard(file).read("mask", 0, np.empty((12, 10, 8), np.uint8))

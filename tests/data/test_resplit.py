@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -44,6 +45,9 @@ def test_impossible_draws() -> None:
         draw_splits(IDS, 0.5, 0.5, 0)
     with pytest.raises(ConfigError, match="leave nothing"):
         draw_splits(IDS, -0.1, 0.5, 0)
+    for fractions in ((math.nan, 0), (0, math.nan), (0.1, math.inf)):
+        with pytest.raises(ConfigError, match="leave nothing"):
+            draw_splits(IDS, *fractions, 0)
     with pytest.raises(ConfigError, match="2 subjects cannot be divided into 3 splits; set --val or --test to 0"):
         draw_splits(IDS[:2], 0.1, 0.1, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -268,3 +269,11 @@ def test_training_meets_the_same_damage(packed: Path, shard: Path) -> None:
     index = next(entry.index for entry in dataset.subjects() if entry.id == subject)
     with pytest.raises(DataFormatError, match=rf"shard-00001\.h5: damaged at subject {subject}"):
         dataset.read(index)
+
+
+def test_a_shard_that_may_not_be_read_is_a_finding(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr("hpc_ddpm.data.verify._sha256", lambda path: (_ for _ in ()).throw(refused))
+    findings = verify(packed)
+    assert kinds(findings) == ["unreadable-shard"] * 3
+    assert findings[1].found == "shard-00001.h5 cannot be read: Permission denied"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -165,3 +166,28 @@ def test_mistakes_are_one_line_and_exit_code_2(data, tiny_packed: Path, argument
     lines = [line for line in done.err.splitlines() if line.strip()]
     assert len(lines) == 1, lines
     assert lines[0].startswith("hpc-ddpm: ") and part in lines[0]
+
+
+def test_reports_that_cannot_be_written_cost_no_check(
+    data, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = data("check", source, "-q", "--report", ".", *SETTINGS)
+    assert (done.code, done.out) == (2, "") and "'.' is a directory" in done.err
+    (tmp_path / "file").write_text("in the way")
+    done = data("check", source, "-q", "--report", tmp_path / "file" / "x.html", *SETTINGS)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"hpc-ddpm: {tmp_path / 'file'}: cannot write here (File exists); make room or choose")
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x.html"))
+    monkeypatch.setattr("hpc_ddpm.data.check.report.atomic_path", lambda path: (_ for _ in ()).throw(full))
+    done = data("check", source, "-q", "--report", tmp_path / "x.html", *SETTINGS)
+    assert (done.code, done.out) == (2, f"3 subjects of {source} (tree): nothing found\n")
+    assert "cannot write here (No space left on device)" in done.err
+
+
+def test_split_of_a_dataset_that_cannot_be_written(data, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = PermissionError(errno.EACCES, "Permission denied", str(packed / "x"))
+    monkeypatch.setattr("hpc_ddpm.data.shards.write_json", lambda *_, **__: (_ for _ in ()).throw(refused))
+    done = data("split", packed)
+    assert done.code == 2
+    assert done.err.startswith(f"hpc-ddpm: {packed}: cannot write here (Permission denied); make room or choose")

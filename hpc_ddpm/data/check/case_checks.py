@@ -46,7 +46,7 @@ def check_headers(case: Case) -> Findings:
         if header.is_scaled:
             yield case.finding("scaled-integers", "numbers with a slope or intercept", role)
         if not header.has_affine:
-            yield case.finding("no-affine", "neither sform nor qform is set", role)
+            yield case.finding("no-affine", "neither sform nor qform (of DICOM: orientation or spacing) is set", role)
 
 
 def check_grids(case: Case) -> Findings:

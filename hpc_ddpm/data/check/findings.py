@@ -22,7 +22,7 @@ class Kind:
 
 SOURCE_KINDS: dict[str, Kind] = {
     # ------------------------------------------------------------------------------------------ files
-    "missing-file": Kind("error", "correct the path in the table, or remove the row"),
+    "missing-file": Kind("error", "correct the path in the table, or fetch what the link leads to"),
     "duplicate-subject": Kind("error", "keep one file of each kind per subject; the subject is left out until then"),
     "unmatched-file": Kind("warning", "give it the partner it lacks under the same name, or remove it; it is left out"),
     "truncated": Kind("error", "copy the file again: it ends too early"),
@@ -34,7 +34,9 @@ SOURCE_KINDS: dict[str, Kind] = {
     # --------------------------------------------------------------------------------------- geometry
     "grid-shape": Kind("error", "resample one onto the other (mask: nearest neighbour)"),
     "grid-affine": Kind("error", "copy the affine if the voxels do match (look at them), else resample the mask"),
-    "no-affine": Kind("warning", "find out left and right, and write an sform; without one RAS is assumed"),
+    "no-affine": Kind(
+        "warning", "find out left and right, and write an sform; without one x is taken to run from right to left"
+    ),
     "orientation-differs": Kind("note", "nothing: it is brought to data.orientation"),
     "orientation-mixed": Kind("error", "set data.orientation=RAS: with `native` some subjects lie on their side"),
     "anisotropic": Kind("warning", "set data.voxel_size_mm, or choose data.size in these proportions"),
@@ -76,14 +78,17 @@ SOURCE_KINDS: dict[str, Kind] = {
 }
 """`hpc-ddpm data check`."""
 
+COPY = "copy the shard again, to another name that then replaces it (mv)"
+"""What overwrites a shard in place kills who reads it, see `chunks`."""
+
 PACKED_KINDS: dict[str, Kind] = {
     "index-damaged": Kind("error", "copy index.json again, or pack again"),
     "index-mismatch": Kind("error", "copy index.json and the shard again from one place, or pack again"),
     "missing-shard": Kind("error", "copy the shard again, or run the same `hpc-ddpm pack` again"),
-    "wrong-size": Kind("error", "copy the shard again: it is cut off or another file"),
-    "wrong-checksum": Kind("error", "copy the shard again: its bytes are not those that were packed"),
-    "unreadable-shard": Kind("error", "copy the shard again, or delete it and run the same `hpc-ddpm pack` again"),
-    "damaged-voxels": Kind("error", "copy the shard again, or delete it and run the same `hpc-ddpm pack` again"),
+    "wrong-size": Kind("error", f"{COPY}: it is cut off or another file"),
+    "wrong-checksum": Kind("error", f"{COPY}: its bytes are not those that were packed"),
+    "unreadable-shard": Kind("error", f"{COPY}, or delete it and run the same `hpc-ddpm pack` again"),
+    "damaged-voxels": Kind("error", f"{COPY}, or delete it and run the same `hpc-ddpm pack` again"),
     "wrong-content": Kind("error", "pack again: the shard was written wrongly or edited"),
     "extra-shard": Kind("warning", "delete it, if nothing else uses it: index.json does not name it"),
 }
