@@ -138,13 +138,18 @@ def compare_stage(
 
 
 def _load(source: Path, overrides: Sequence[str] = (), config: Config | None = None) -> tuple[Model, dict[str, Any]]:
-    """The model on this worker's device and in its precision, and what identifies its weights."""
+    """The model on this worker's device and in its precision, and what identifies its weights.
+
+    `config`, where it is given, decides instead of the source's own.
+    """
     import torch
 
     from hpc_ddpm.weights import load_model
 
     keep_freed_memory()
     device = local_device(detect_ranks())
+    if config is not None:
+        overrides = [f"sampling.weights={config.sampling.weights}"]
     model = load_model(source, overrides=list(overrides))
     model.config = config or model.config
     weights = {"path": str(source.resolve()), "sha256": model.sha256, "provenance": model.provenance}

@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpc_ddpm.checkpoint import MANIFEST, Piece, write_pieces
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.sampling import anonymize
 from hpc_ddpm.sampling.anonymize import find_neighbours
-from hpc_ddpm.sampling.folder import SampleFolder
+from hpc_ddpm.sampling.folder import Failure, SampleFolder
 from hpc_ddpm.sampling.gallery import write_gallery
 from hpc_ddpm.sampling.read import Generated
 from hpc_ddpm.sampling.verify import verify_set
+from hpc_ddpm.weights import load_weights
 from tests.conftest import TINY
 from tests.sampling.conftest import Generate, Run, sidecars
 
@@ -76,6 +78,32 @@ def test_the_command_line(run: Run, weights: Path, heads: Path, tmp_path: Path) 
     path.write_text(json.dumps(record | {"mask_sha256": "0"}))
     with pytest.raises(DataFormatError, match="has changed since"):
         run("reproduce", path, "-q")
+
+
+def test_a_set_of_another_average_is_retried_and_reproduced(
+    run: Run, weights: Path, heads: Path, tmp_path: Path
+) -> None:
+    """The run's default is `ema`; a set knows which average it was made with."""
+    found, source, out = load_weights(weights), tmp_path / "run", tmp_path / "out"
+    step = source / "checkpoints" / "step_00000010"
+    step.mkdir(parents=True)
+    write_pieces(
+        step / "pieces-00000-of-00001.safetensors",
+        [
+            Piece(kind, key, tuple(value.shape), 0, factor * value.flatten())
+            for kind, factor in (("ema", 0.5), ("master", 1.0))
+            for key, value in found.state_dict.items()
+        ],
+    )
+    (step / MANIFEST).write_text("{}")
+    (source / "config.json").write_text(json.dumps(found.config.dump()))
+    run(source, "--out", out, "--masks", heads / "head_0000.nii.gz", "-q", "sampling.weights=master")
+    file = out / "t1" / "head_0000_r000.nii.gz"
+    assert "the same bits" in run("reproduce", file, "-q")
+    (out / "sidecar" / "head_0000_r000.json").unlink()
+    SampleFolder(out).write_failure(Failure("head_0000_r000", "write", "a full disk", "before"), tmp_path)
+    assert "1 volumes generated" in run("retry", out, "-q")
+    assert "the same bits" in run("reproduce", file, "-q")
 
 
 def test_gallery_escapes_and_pages(generate_set: Generate, heads: Path, tmp_path: Path) -> None:
