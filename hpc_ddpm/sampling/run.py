@@ -28,9 +28,9 @@ from hpc_ddpm.sampling.fidelity import build_fidelity
 from hpc_ddpm.sampling.finish import Finisher
 from hpc_ddpm.sampling.folder import PURPOSE, SampleFolder
 from hpc_ddpm.sampling.masks import MaskSource
-from hpc_ddpm.sampling.packed import PACKED, assemble
+from hpc_ddpm.sampling.packed import PACKED, ROWS, assemble
 from hpc_ddpm.sampling.pipeline import Pipeline
-from hpc_ddpm.sampling.plan import Item, build_plan, extend_manifest
+from hpc_ddpm.sampling.plan import WAIT_S, Item, build_plan, extend_manifest
 from hpc_ddpm.sampling.write import estimate_bytes
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
@@ -126,7 +126,7 @@ def run_sampling(
         done, failed = folder.done() & {item.id for item in items}, finisher.failures()
         is_complete = len(done) + sum(failed.values()) == len(items)
         if is_complete and PACKED in config.sampling.output.formats:
-            _assemble(folder, config, items, done, writer)
+            _assemble(folder, config, items, done, writer, stop)
         if is_complete and writer.leave():
             shutil.rmtree(folder.state, ignore_errors=True)
         fitted, signal = len(finisher.fitted), stop.signal or 0
@@ -251,11 +251,17 @@ def _size(count: float) -> str:
     return f"{count:.1f} {unit}"
 
 
-def _assemble(folder: SampleFolder, config: Config, items: Sequence[Item], done: set[str], writer: Writer) -> None:
-    """Shards of the rows that are in none yet."""
-    with writer.claim(PACKED) as is_ours:
-        if is_ours:
-            records = {item_id: folder.record(item_id)["packed"] for item_id in done}
-            assemble(folder.path, items, records, config.data, writer)
-            with suppress(OSError):
-                (folder.path / PACKED / "rows").rmdir()
+def _assemble(
+    folder: SampleFolder, config: Config, items: Sequence[Item], done: set[str], writer: Writer, stop: StopFlag
+) -> None:
+    """Shards of the rows that are in none yet; who comes second waits, since a rank that leaves may end the others."""
+    rows = folder.path / PACKED / ROWS
+    while rows.is_dir() and not stop.signal:
+        with writer.claim(PACKED) as is_ours:
+            if is_ours:
+                records = {item_id: folder.record(item_id)["packed"] for item_id in done}
+                assemble(folder.path, items, records, config.data, writer)
+                with suppress(OSError):
+                    rows.rmdir()
+                return
+        time.sleep(WAIT_S)
