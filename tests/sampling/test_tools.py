@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from hpc_ddpm.checkpoint import MANIFEST, Piece, write_pieces
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.shards import open_packed
-from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.errors import ClusterError, DataFormatError
 from hpc_ddpm.sampling import anonymize
 from hpc_ddpm.sampling.anonymize import find_neighbours
 from hpc_ddpm.sampling.folder import Failure, SampleFolder
@@ -104,6 +106,19 @@ def test_a_set_of_another_average_is_retried_and_reproduced(
     SampleFolder(out).write_failure(Failure("head_0000_r000", "write", "a full disk", "before"), tmp_path)
     assert "1 volumes generated" in run("retry", out, "-q")
     assert "the same bits" in run("reproduce", file, "-q")
+
+
+def test_a_gallery_that_cannot_be_written(
+    generate_set: Generate, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate_set(tmp_path, masks=heads / "head_0000.nii.gz")
+
+    def refuse(path: Path, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("hpc_ddpm.sampling.gallery.atomic_path", refuse)
+    with pytest.raises(ClusterError, match=r"cannot write here \(Read-only file system\)"):
+        write_gallery(tmp_path)
 
 
 def test_gallery_escapes_and_pages(generate_set: Generate, heads: Path, tmp_path: Path) -> None:
