@@ -123,7 +123,8 @@ def run_sampling(
             finisher = Finisher(folder, config, weights, model, writer.scratch, fidelity, team.run)
             worker = Worker(model, folder, todo, writer, team, finisher, stop, retry, on_volume)
             worker.work()
-        done, failed = folder.done() & {item.id for item in items}, finisher.failures()
+        ids = {item.id for item in items}
+        done, failed = folder.done() & ids, finisher.failures(ids)
         is_complete = len(done) + sum(failed.values()) == len(items)
         if is_complete and PACKED in config.sampling.output.formats:
             _assemble(folder, config, items, done, writer, stop)
