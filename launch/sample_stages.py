@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ddpm.config import Config, config_from_dict
 from hpc_ddpm.distributed import detect_ranks, keep_freed_memory, local_device, resolve_precision
-from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.errors import CheckpointError, ConfigError
 from hpc_ddpm.files import write_json, writing_to
 from launch.progress import progress_bar
 from launch.stages import with_overrides
@@ -62,7 +62,8 @@ def retry_stage(out: Path, source: Path | None, overrides: Sequence[str], show_p
     folder = find_folder(out)
     made_with = folder.made_with()
     stored = config_from_dict(made_with["config"], str(folder.path))
-    model, weights = _load(source or Path(made_with["weights"]["path"]), config=with_overrides(stored, overrides))
+    path = source or _find_weights(made_with["weights"])
+    model, weights = _load(path, config=with_overrides(stored, overrides))
     return _generate(model, weights, folder.path, [], show_progress, retry=True)
 
 
@@ -106,7 +107,7 @@ def reproduce_stage(path: Path, source: Path | None, show_progress: bool) -> dic
     folder, record = find_record(path)
     tree = folder.made_with()["config"] | {"sampling": record["sampling"]}
     config = config_from_dict(tree, str(folder.path))
-    model, weights = _load(source or Path(record["weights"]["path"]), config=config)
+    model, weights = _load(source or _find_weights(record["weights"]), config=config)
     model = model.to(getattr(torch, record["precision"]))
     with progress_bar("again", show=show_progress) as update:
         return asdict(reproduce(folder, record, model, weights["sha256"], lambda done, total: update(done, total, "")))
@@ -135,6 +136,14 @@ def compare_stage(
         compare(model, loaded, out, chosen, on_cell=update)
     print((out / "table.md").read_text(encoding="utf-8"))
     print(f"figure: {out / 'figure.png'}")
+
+
+def _find_weights(made_with: dict[str, Any]) -> Path:
+    """Where they were when the set was made."""
+    path = Path(made_with["path"])
+    if not path.exists():
+        raise CheckpointError(f"{path}: the weights of this set are not there any more; give their place by --weights")
+    return path
 
 
 def _load(source: Path, overrides: Sequence[str] = (), config: Config | None = None) -> tuple[Model, dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 from hpc_ddpm.checkpoint import MANIFEST, Piece, write_pieces
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.shards import open_packed
-from hpc_ddpm.errors import ClusterError, DataFormatError
+from hpc_ddpm.errors import CheckpointError, ClusterError, DataFormatError
 from hpc_ddpm.sampling import anonymize
 from hpc_ddpm.sampling.anonymize import find_neighbours
 from hpc_ddpm.sampling.folder import Failure, SampleFolder
@@ -105,7 +105,11 @@ def test_a_set_of_another_average_is_retried_and_reproduced(
     (out / "sidecar" / "head_0000_r000.json").unlink()
     SampleFolder(out).write_failure(Failure("head_0000_r000", "write", "a full disk", "before"), tmp_path)
     assert "1 volumes generated" in run("retry", out, "-q")
-    assert "the same bits" in run("reproduce", file, "-q")
+    source.rename(tmp_path / "moved")
+    for command in (("retry", out), ("reproduce", file)):
+        with pytest.raises(CheckpointError, match="not there any more; give their place by --weights"):
+            run(*command, "-q")
+    assert "the same bits" in run("reproduce", file, "-q", "--weights", tmp_path / "moved")
 
 
 def test_a_gallery_that_cannot_be_written(
