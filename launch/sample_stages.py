@@ -70,7 +70,10 @@ def retry_stage(out: Path, source: Path | None, overrides: Sequence[str], show_p
 def anonymize_stage(
     source: Path, subjects: Sequence[str], out: Path, overrides: Sequence[str], show_progress: bool
 ) -> int:
-    """`hpc-ddpm sample anonymize`, with the subjects' own covariates; returns the exit code."""
+    """`hpc-ddpm sample anonymize`, with the subjects' own covariates; returns the exit code.
+
+    Rank 0 compares, and alone says that volumes failed: a rank that leaves with exit code 2 may end the others.
+    """
     from hpc_ddpm.sampling.anonymize import find_neighbours
     from hpc_ddpm.sampling.folder import SampleFolder
     from hpc_ddpm.sampling.masks import find_packed_masks
@@ -81,8 +84,10 @@ def anonymize_stage(
     masks = find_packed_masks(data, subjects=subjects, covariates=config.data.covariates)
     code = _generate(model, weights, out, masks, show_progress)
     ranks, folder = detect_ranks(), SampleFolder(out)
-    if code > 2 or not ranks.is_main:
+    if code > 2:
         return code
+    if not ranks.is_main:
+        return 0
     ids = [item.id for item in build_plan(masks, config.sampling.replicas, config.seed) if item.id in folder.done()]
     with writing_to(out), progress_bar("comparing", show=show_progress) as update:
         closeness = find_neighbours(folder, ids, data, config, lambda done, total: update(done, total, ""))

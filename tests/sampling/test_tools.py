@@ -21,7 +21,7 @@ from hpc_ddpm.sampling.gallery import write_gallery
 from hpc_ddpm.sampling.read import Generated
 from hpc_ddpm.sampling.verify import verify_set
 from hpc_ddpm.weights import load_weights
-from tests.conftest import TINY
+from tests.conftest import TINY, torchrun_variables
 from tests.sampling.conftest import Generate, Run, sidecars
 
 ALL = "sampling.output.formats=[nifti,bids,packed]"
@@ -154,6 +154,21 @@ def test_anonymize_reports_neighbours(run: Run, weights: Path, tiny_packed: Path
     assert {one["subject"] for one in report["neighbours"]} == set(subjects)
     with pytest.raises(DataFormatError, match="no subject nobody"):
         run("anonymize", weights, "nobody", *options)
+
+
+def test_other_ranks_leave_failures_to_the_one_that_compares(
+    run: Run, weights: Path, tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise DataFormatError("damaged")
+
+    monkeypatch.setattr("hpc_ddpm.sampling.pipeline.load_mask", refuse)
+    command = ("anonymize", weights, "head_0000", "--data", tiny_packed, "--out", tmp_path, "-q")
+    for rank, code in ((1, 0), (0, 2)):
+        for name, value in torchrun_variables(2)[rank].items():
+            monkeypatch.setenv(name, value)
+        run(*command, code=code)
+    assert (tmp_path / "anonymize.json").exists()
 
 
 def test_a_copy_of_a_training_volume_is_seen(
