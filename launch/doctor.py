@@ -17,7 +17,7 @@ from hpc_ddpm.errors import ClusterError
 from launch import slurm
 from launch.profiles import Profile
 
-RANKS_TIMEOUT_S = 120
+TIMEOUT_S, TIMED_OUT = 120, 124
 GIB = 2**30
 LITTLE_SPACE_GIB = 50.0
 NEEDED = ("torch", "deepspeed", "h5py", "hdf5plugin", "nibabel", "submitit", "pydantic", "numpy", "cramjam")
@@ -44,6 +44,20 @@ def examine(profile: Profile | None, path: Path) -> Iterator[Finding]:
         yield from check()
 
 
+def _python_says(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What another Python process does with these arguments; as `timeout` has it, 124 is the code of one that hangs."""
+    command = [sys.executable, *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, TIMED_OUT, "", f"TimeoutError: nothing within {TIMEOUT_S} s")
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Of a process that failed: why, in most cases."""
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
 # -------------------------------------------------------------------------------------------------- this machine
 
 
@@ -62,10 +76,9 @@ def _python() -> Iterator[Finding]:
 def _deepspeed() -> Iterator[Finding]:
     """In another process: it looks for compilers and GPUs when it is loaded."""
     code = "import deepspeed; from deepspeed.accelerator import get_accelerator as a; print(a().device_name())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = _python_says("-c", code)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["failed"]
-        yield Finding("deepspeed", "fail", f"cannot be loaded: {last[0]}", "install it for this torch")
+        yield Finding("deepspeed", "fail", f"cannot be loaded: {_last_line(done)}", "install it for this torch")
     else:
         yield Finding("deepspeed", "pass", f"loads, and computes on {done.stdout.split()[-1]}")
 
@@ -111,13 +124,10 @@ def _ranks() -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "ranks.py")
         script.write_text(_RANKS, encoding="utf-8")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_TIMEOUT_S, check=False)
-        except subprocess.TimeoutExpired:
-            yield Finding("ranks", "fail", f"no all-reduce within {RANKS_TIMEOUT_S} s", "set NCCL_SOCKET_IFNAME=lo")
-            return
-    if done.returncode:
+        done = _python_says("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    if done.returncode == TIMED_OUT:
+        yield Finding("ranks", "fail", f"no all-reduce within {TIMEOUT_S} s", "set NCCL_SOCKET_IFNAME=lo")
+    elif done.returncode:
         last = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), "failed")
         yield Finding("ranks", "fail", last.strip(), "run it by hand: torchrun --nproc-per-node=2 ...")
     else:
@@ -142,11 +152,10 @@ dist.destroy_process_group()
 def _mpi() -> Iterator[Finding]:
     """In another process: loading an MPI library that does not fit ends the process that tries."""
     code = "from mpi4py import MPI; print(MPI.Get_library_version().split(',')[0].splitlines()[0])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = _python_says("-c", code)
     advice = "only `mpirun hpc-ddpm pack` needs it, srun does without; pip install 'hpc_ddpm[mpi]' or load a module"
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["failed"]
-        yield Finding("mpi", "warn", f"mpi4py finds no MPI library: {last[0]}", advice)
+        yield Finding("mpi", "warn", f"mpi4py finds no MPI library: {_last_line(done)}", advice)
     elif shutil.which("mpirun") is None:
         yield Finding("mpi", "warn", f"{done.stdout.strip()}, but no mpirun on PATH", advice)
     else:
@@ -168,13 +177,12 @@ def _hdf5(path: Path) -> Iterator[Finding]:
     )
     try:
         with tempfile.TemporaryDirectory(dir=path, prefix=".hpc-ddpm-doctor-") as folder:
-            command = [sys.executable, "-c", code, f"{folder}/probe.h5"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            done = _python_says("-c", code, f"{folder}/probe.h5")
     except OSError as error:
         yield Finding("path", "fail", f"{path}: cannot write here ({error.strerror})", "choose another --path")
         return
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1]
+        last = _last_line(done)
         advice = "set HDF5_USE_FILE_LOCKING=FALSE in the profile's environment" if "lock" in last else "see the message"
         yield Finding("hdf5", "fail", f"{path}: {last}", advice)
     else:
@@ -205,8 +213,11 @@ def _slurm(profile: Profile | None) -> Iterator[Finding]:
         return
     settings = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE))
     yield Finding("slurm", "pass", f"{settings.get('SLURM_VERSION')}, cluster {settings.get('ClusterName')}")
-    yield from _partitions(profile if is_needed else None)
-    yield from _restarts(settings)
+    for check in (lambda: _partitions(profile if is_needed else None), lambda: _restarts(settings)):
+        try:
+            yield from check()
+        except ClusterError as error:
+            yield Finding("slurm", "fail", str(error))
     limit = int(settings.get("MaxArraySize", 0))
     yield Finding("arrays", "pass" if limit > 1 else "fail", f"{limit} tasks at most (MaxArraySize)")
     try:
@@ -223,7 +234,8 @@ def _partitions(profile: Profile | None) -> Iterator[Finding]:
     yield Finding("partitions", "pass", shown)
     if profile is None:
         return
-    for name in filter(None, (profile.partition, profile.cpu_partition)):
+    with_gpus, without = profile.partition.split(","), profile.cpu_partition.split(",")
+    for name in dict.fromkeys(filter(None, (*with_gpus, *without))):
         own = [row for row in rows if row[0] == name]
         most = max((int(count) for row in own for count in re.findall(r"gpu(?::[\w.-]+)?:(\d+)", row[1])), default=0)
         if not own:
@@ -231,7 +243,7 @@ def _partitions(profile: Profile | None) -> Iterator[Finding]:
             yield Finding("profile", "fail", f"no partition {name}", f"one of {known}")
         elif all(row[4] != "up" for row in own):
             yield Finding("profile", "fail", f"partition {name} is down", "choose another one, or wait")
-        elif name == profile.partition and most < profile.gpus_per_node:
+        elif name in with_gpus and most < profile.gpus_per_node:
             advice = f"set gpus_per_node to {most} or less"
             yield Finding("profile", "fail", f"{name} has {most} GPUs per node, {profile.gpus_per_node} asked", advice)
         else:

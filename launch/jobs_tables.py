@@ -35,13 +35,13 @@ def describe(job: JobState, *, in_full: bool = False) -> dict[str, Any]:
     }
     if not in_full:
         return facts
-    ranks = submission.nodes * submission.ranks_per_node
-    seconds = time_ledger(read_submissions(Path(submission.run_dir)), job.live, time.time())
+    every, now = read_submissions(Path(submission.run_dir)), time.time()
+    seconds, gpu_seconds = (time_ledger(every, job.live, now, per_rank=per_rank) for per_rank in (False, True))
     return facts | {
         "time_s": {name: round(value, 1) for name, value in seconds.items()},
-        "gpu_hours": _gpu_hours(seconds, ranks) if submission.stage in GPU_STAGES else {},
+        "gpu_hours": _gpu_hours(gpu_seconds) if submission.stage in GPU_STAGES else {},
         "command": ["hpc-ddpm", *submission.arguments],
-        "ranks": ranks,
+        "ranks": submission.nodes * submission.ranks_per_node,
         "commit": submission.git_commit,
         "folder": str(submission.folder),
         "tasks": {
@@ -87,8 +87,8 @@ def print_job(facts: Mapping[str, Any]) -> None:
                 console.print(f"{task}  {escape(why)}")
 
 
-def _gpu_hours(seconds: Mapping[str, float], ranks: int) -> dict[str, float]:
-    return {name: round(value * ranks / 3600, 3) for name, value in seconds.items() if name != "queued"}
+def _gpu_hours(gpu_seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value / 3600, 3) for name, value in gpu_seconds.items() if name != "queued"}
 
 
 def spent_in_words(seconds: Mapping[str, float]) -> str:

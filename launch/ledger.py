@@ -10,13 +10,16 @@ from hpc_ddpm.runlog import LOST, read_metrics
 from launch.records import Submission
 
 
-def time_ledger(submissions: Iterable[Submission], live: Iterable[str], now: float) -> dict[str, float]:
+def time_ledger(
+    submissions: Iterable[Submission], live: Iterable[str], now: float, *, per_rank: bool = False
+) -> dict[str, float]:
     """Seconds by what they went into; of a training, the running ones are divided further.
 
     Args:
         submissions: all of one run.
         live: ids of tasks that are queued or run.
         now: seconds since the epoch.
+        per_rank: count every second once for each rank that it took, as GPU-seconds.
 
     Returns:
         `queued` and `running`, summed over array tasks; of `running`, of a training: `computing`, `waiting_for_data`,
@@ -25,31 +28,35 @@ def time_ledger(submissions: Iterable[Submission], live: Iterable[str], now: flo
     submissions, live = list(submissions), set(live)
     queued = running = 0.0
     for submission in submissions:
+        ranks = submission.nodes * submission.ranks_per_node if per_rank else 1
         for task in submission.task_ids:
             since, runs = submission.submitted, False
             for event in submission.events(task):
-                spent, since = event["time"] - since, event["time"]
+                spent, since = ranks * (event["time"] - since), event["time"]
                 queued, running = (queued, running + spent) if runs else (queued + spent, running)
                 runs = event["event"] == "start"
             if task in live:
-                queued, running = (queued, running + now - since) if runs else (queued + now - since, running)
+                spent = ranks * (now - since)
+                queued, running = (queued, running + spent) if runs else (queued + spent, running)
     ledger = {"queued": queued, "running": running}
     if submissions and submissions[-1].stage == "train":
         run_dir = Path(submissions[-1].run_dir)
-        steps = _steps(read_metrics(run_dir)) | {"lost_steps": sum(_steps(read_metrics(run_dir, LOST)).values())}
+        lost = sum(_steps(read_metrics(run_dir, LOST), per_rank).values())
+        steps = _steps(read_metrics(run_dir), per_rank) | {"lost_steps": lost}
         ledger |= steps | {"starting": max(0.0, running - sum(steps.values()))}
     return ledger
 
 
-def _steps(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def _steps(rows: Iterable[Mapping[str, Any]], per_rank: bool) -> dict[str, float]:
     """What the steps took; a row with a speed speaks for those since the last one with it."""
     total = waiting = saving = 0.0
     count = 0
     for row in rows:
         count += 1
         if "step_time_s" in row:
-            elapsed = row["step_time_s"] * count
+            ranks = row["volumes_per_s"] / row["volumes_per_s_per_rank"] if per_rank else 1
+            elapsed = ranks * row["step_time_s"] * count
             total, waiting = total + elapsed, waiting + elapsed * row["data_wait_share"]
-            saving += row.get("checkpoint_stall_s", 0.0)
+            saving += ranks * row.get("checkpoint_stall_s", 0.0)
             count = 0
     return {"computing": max(0.0, total - waiting - saving), "waiting_for_data": waiting, "saving": saving}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ddpm.config import Config, config_from_dict, with_overrides
 from hpc_ddpm.distributed import detect_ranks, keep_freed_memory, local_device, resolve_precision
-from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.errors import CheckpointError, ConfigError
 from hpc_ddpm.files import write_json, writing_to
 from launch.progress import progress_bar
 
@@ -61,14 +61,18 @@ def retry_stage(out: Path, source: Path | None, overrides: Sequence[str], show_p
     folder = find_folder(out)
     made_with = folder.made_with()
     stored = config_from_dict(made_with["config"], str(folder.path))
-    model, weights = _load(source or Path(made_with["weights"]["path"]), config=with_overrides(stored, overrides))
+    path = source or _find_weights(made_with["weights"])
+    model, weights = _load(path, config=with_overrides(stored, overrides))
     return _generate(model, weights, folder.path, [], show_progress, retry=True)
 
 
 def anonymize_stage(
     source: Path, subjects: Sequence[str], out: Path, overrides: Sequence[str], show_progress: bool
 ) -> int:
-    """`hpc-ddpm sample anonymize`, with the subjects' own covariates; returns the exit code."""
+    """`hpc-ddpm sample anonymize`, with the subjects' own covariates; returns the exit code.
+
+    Rank 0 compares, and alone says that volumes failed: a rank that leaves with exit code 2 may end the others.
+    """
     from hpc_ddpm.sampling.anonymize import find_neighbours
     from hpc_ddpm.sampling.folder import SampleFolder
     from hpc_ddpm.sampling.masks import find_packed_masks
@@ -79,8 +83,10 @@ def anonymize_stage(
     masks = find_packed_masks(data, subjects=subjects, covariates=config.data.covariates)
     code = _generate(model, weights, out, masks, show_progress)
     ranks, folder = detect_ranks(), SampleFolder(out)
-    if code > 2 or not ranks.is_main:
+    if code > 2:
         return code
+    if not ranks.is_main:
+        return 0
     ids = [item.id for item in build_plan(masks, config.sampling.replicas, config.seed) if item.id in folder.done()]
     with writing_to(out), progress_bar("comparing", show=show_progress) as update:
         closeness = find_neighbours(folder, ids, data, config, lambda done, total: update(done, total, ""))
@@ -105,7 +111,7 @@ def reproduce_stage(path: Path, source: Path | None, show_progress: bool) -> dic
     folder, record = find_record(path)
     tree = folder.made_with()["config"] | {"sampling": record["sampling"]}
     config = config_from_dict(tree, str(folder.path))
-    model, weights = _load(source or Path(record["weights"]["path"]), config=config)
+    model, weights = _load(source or _find_weights(record["weights"]), config=config)
     model = model.to(getattr(torch, record["precision"]))
     with progress_bar("again", show=show_progress) as update:
         return asdict(reproduce(folder, record, model, weights["sha256"], lambda done, total: update(done, total, "")))
@@ -136,14 +142,27 @@ def compare_stage(
     print(f"figure: {out / 'figure.png'}")
 
 
+def _find_weights(made_with: dict[str, Any]) -> Path:
+    """Where they were when the set was made."""
+    path = Path(made_with["path"])
+    if not path.exists():
+        raise CheckpointError(f"{path}: the weights of this set are not there any more; give their place by --weights")
+    return path
+
+
 def _load(source: Path, overrides: Sequence[str] = (), config: Config | None = None) -> tuple[Model, dict[str, Any]]:
-    """The model on this worker's device and in its precision, and what identifies its weights."""
+    """The model on this worker's device and in its precision, and what identifies its weights.
+
+    `config`, where it is given, decides instead of the source's own.
+    """
     import torch
 
     from hpc_ddpm.weights import load_model
 
     keep_freed_memory()
     device = local_device(detect_ranks())
+    if config is not None:
+        overrides = [f"sampling.weights={config.sampling.weights}"]
     model = load_model(source, overrides=list(overrides))
     model.config = config or model.config
     weights = {"path": str(source.resolve()), "sha256": model.sha256, "provenance": model.provenance}

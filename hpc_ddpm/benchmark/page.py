@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html import escape
-from itertools import combinations
+from itertools import combinations, cycle, product
 from typing import TYPE_CHECKING, Any
 
 from hpc_ddpm.benchmark.compare import compare
@@ -30,6 +30,7 @@ th { background: #f3f5f8; } svg { max-width: 100%; height: auto; }
 pre { background: #f3f5f8; padding: .6rem; overflow-x: auto; }
 """
 COLOURS = ("#0b6e99", "#d9730d", "#4d8b31", "#9b3d8f", "#b3261e", "#6b5d4d", "#2f4b7c", "#a0a000", "#000000")
+MARKERS = "os^Dv"
 PARTS = ("at the fused floor", "waiting for data", "the rest")
 
 
@@ -97,7 +98,7 @@ def _comparisons(reports: Mapping[str, Report]) -> list[str]:
 
 
 def _pictures(runs: Mapping[str, Row]) -> dict[str, str]:
-    figure = _figure_type()
+    figure, runs = _figure_type(), {_label(name): row for name, row in runs.items()}
     drawn = {"Roofline": _svg(_roofline(figure, runs)), "Repeats": _svg(_repeats(figure, runs))}
     drawn["Where the time of a volume goes"] = _svg(_breakdown(figure, runs))
     if any(row.get("memory_gib") for row in runs.values()):
@@ -113,17 +114,28 @@ def _figure_type() -> type[Figure]:
     return Figure
 
 
+def _label(name: str) -> str:
+    """For matplotlib, to which `$` begins a formula, and a first `_` says that no legend shows it."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def _styles() -> Iterator[tuple[str, str]]:
+    """Markers and colours of runs."""
+    return cycle(product(MARKERS, COLOURS))
+
+
 def _roofline(figure: type[Figure], runs: Mapping[str, Row]) -> Figure:
     """FLOP per byte that must be moved, against FLOP/s reached; the roof is what was measured on the device."""
     picture = figure(figsize=(8, 4.5), layout="constrained")
     axes = picture.subplots()
-    for colour, (name, row) in zip(COLOURS, runs.items(), strict=False):
+    for (marker, colour), (name, row) in zip(_styles(), runs.items(), strict=False):
         peak, bandwidth = row["ceiling_tflops"], row["ceiling_gb_per_s"] / 1e3
         intensity = row["flop_per_byte"]
         ridge = peak / bandwidth
         reach = [ridge / 100, ridge, max(ridge, intensity) * 10]
         axes.plot(reach, [min(peak, bandwidth * x) for x in reach], color=colour, linewidth=1)
-        axes.plot(intensity, row["model_tflops"], "o", color=colour, label=f"{name}: {row['of_matmul_ceiling']:.0%}")
+        share = f"{name}: {row['of_matmul_ceiling']:.0%}"
+        axes.plot(intensity, row["model_tflops"], marker, color=colour, label=share)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of the fused network", ylabel="TFLOP/s")
     axes.legend(title="share of the measured matrix-product ceiling", frameon=False)
     axes.grid(alpha=0.3, which="both")
@@ -134,8 +146,9 @@ def _repeats(figure: type[Figure], runs: Mapping[str, Row]) -> Figure:
     """Every counted repeat: a trend or two levels are seen here and in no percentile."""
     picture = figure(figsize=(8, 3.5), layout="constrained")
     axes = picture.subplots()
-    for colour, (name, row) in zip(COLOURS, runs.items(), strict=False):
-        axes.plot(range(1, len(row["samples_s"]) + 1), row["samples_s"], "o-", color=colour, label=name, markersize=4)
+    for (marker, colour), (name, row) in zip(_styles(), runs.items(), strict=False):
+        repeats = range(1, len(row["samples_s"]) + 1)
+        axes.plot(repeats, row["samples_s"], f"{marker}-", color=colour, label=name, markersize=4)
     axes.set(xlabel="repeat", ylabel="seconds per volume and GPU", ylim=(0, None))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -173,7 +186,7 @@ def _memory(figure: type[Figure], runs: Mapping[str, Row]) -> Figure:
 
 def _stack(axes: Any, name: str, parts: Mapping[str, float]) -> None:
     left = 0.0
-    for colour, (part, size) in zip(COLOURS, parts.items(), strict=False):
+    for colour, (part, size) in zip(cycle(COLOURS), parts.items(), strict=False):
         axes.barh(name, size, left=left, color=colour, label=part, height=0.6)
         left += size
 

@@ -451,7 +451,9 @@ class TrainingConfig(Section):
 class OutputConfig(Section):
     """What is written of every generated volume."""
 
-    formats: Annotated[tuple[Literal["nifti", "bids", "packed"], ...], BeforeValidator(_as_tuple)] = ("nifti",)
+    formats: Annotated[
+        tuple[Literal["nifti", "bids", "packed"], ...], BeforeValidator(_as_tuple), Field(min_length=1)
+    ] = ("nifti",)
     """One folder per modality, a BIDS-derivatives tree in bids/, a packed dataset in packed/; several at once."""
     dtype: Literal["float32", "int16", "uint8"] = "float32"
     """Of NIfTI voxels; integers carry the scale that gives the values back, and clip to the value range."""

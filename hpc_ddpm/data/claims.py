@@ -69,9 +69,7 @@ class Writer:
         (begin / "owner.json").write_text(json.dumps(asdict(self.owner)), encoding="utf-8")
         begin.rename(self.scratch)
         self._beat()
-        for folder in self._folders():
-            if not self._is_alive(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+        self._bury()
         threading.Thread(target=self._keep_beating, daemon=True).start()
         return self
 
@@ -82,6 +80,7 @@ class Writer:
         """End being a writer; whether this one was the last."""
         self._end.set()
         shutil.rmtree(self.scratch, ignore_errors=True)
+        self._bury()
         return not self.others()
 
     @contextmanager
@@ -123,6 +122,12 @@ class Writer:
         """One per writer, living or not."""
         folder = self.scratch.parent
         return [entry for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
+
+    def _bury(self) -> None:
+        """Remove what dead writers left."""
+        for folder in self._folders():
+            if not self._is_alive(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _is_alive(self, folder: Path) -> bool:
         return _is_alive(folder, self._last_beat)

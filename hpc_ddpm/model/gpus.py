@@ -28,6 +28,8 @@ GPUS = {
     "rtx4090-24g": Gpu(23.6, 165.2, 82.6),
 }
 """Data sheets of the vendor; memory as the driver reports it, about."""
+SLOWER = ("pcie", "nvl", "mig", "laptop", "4090d")
+"""In the names of variants that run at other clocks, and of parts of a device."""
 
 
 def find_gpu(name: str) -> Gpu:
@@ -50,10 +52,10 @@ def find_gpu(name: str) -> Gpu:
 def peak_flops(device_name: str, precision: str) -> float | None:
     """FLOP/s on the data sheet of the device that the driver calls `device_name`; None where we do not know it.
 
-    PCIe variants run at other clocks than the SXM ones listed here, so they are unknown.
+    `SLOWER` variants than the SXM and desktop ones listed here are unknown.
     """
     words = re.sub(r"[^a-z0-9]", "", device_name.lower())
     known = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in words]
-    if not known or "pcie" in words:
+    if not known or any(variant in words for variant in SLOWER):
         return None
     return 1e12 * (known[0].fp32_tflops if precision == "fp32" else known[0].half_tflops)

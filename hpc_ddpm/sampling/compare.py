@@ -12,6 +12,7 @@ Shapes: N masks, C modalities, D H W = Z Y X voxels.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -179,8 +180,11 @@ def _make(model: torch.nn.Module, masks: Masks, out: Path, cell: Cell, *, keep: 
 
 
 def _save_array(path: Path, array: NDArray[np.float32]) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+    """By way of memory: of a full disk, NumPy's own writing does not say that it is full."""
+    content = io.BytesIO()
+    np.save(content, array)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 # --------------------------------------------------------------------------------------------- measures

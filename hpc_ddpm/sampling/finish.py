@@ -109,11 +109,11 @@ class Finisher:
         with suppress(OSError):
             self.folder.write_failure(Failure(item.id, kind, reason, self.run), self.scratch)
 
-    def failures(self) -> dict[str, int]:
-        """Failed volumes of the set by kind, whoever found them."""
+    def failures(self, ids: set[str]) -> dict[str, int]:
+        """Failed ones of these volumes by kind, whoever found them."""
         kinds = self.failed | {failure.id: failure.kind for failure in self.folder.failures()}
-        done = self.folder.done()
-        return dict(Counter(kind for item_id, kind in kinds.items() if item_id not in done))
+        left = ids - self.folder.done()
+        return dict(Counter(kind for item_id, kind in kinds.items() if item_id in left))
 
     def _count(self, *, is_written: bool) -> int:
         """Of the volumes before this one, those in a row that could not be written, and this one."""

@@ -16,7 +16,7 @@ from hpc_ddpm.data.check.report import legend, open_page
 from hpc_ddpm.data.nifti import ras_voxel_size_mm, turn_to_ras
 from hpc_ddpm.data.parallel import ordered_map
 from hpc_ddpm.errors import DataFormatError
-from hpc_ddpm.files import atomic_path, write_text
+from hpc_ddpm.files import atomic_path, write_text, writing_to
 from hpc_ddpm.sampling.folder import Failure, SampleFolder, find_folder
 from hpc_ddpm.sampling.read import read_generated
 
@@ -77,16 +77,18 @@ def write_gallery(
 
     Raises:
         DataFormatError: `out` is not a generated set.
+        ClusterError: `out` cannot be written.
     """
     folder = find_folder(out)
     config = config_from_dict(folder.made_with()["config"], str(folder.path))
     records = list(folder.records())
     draw = partial(_draw, folder.path, config)
     cards = []
-    for number, card in enumerate(ordered_map(draw, records, num_workers, preload=__name__), start=1):
-        cards.append(card)
-        progress(number, len(records))
-    write_text(folder.path / PAGE, _page(folder, config, cards, folder.failures()))
+    with writing_to(folder.path, "place for the set"):
+        for number, card in enumerate(ordered_map(draw, records, num_workers, preload=__name__), start=1):
+            cards.append(card)
+            progress(number, len(records))
+        write_text(folder.path / PAGE, _page(folder, config, cards, folder.failures()))
     return folder.path / PAGE
 
 

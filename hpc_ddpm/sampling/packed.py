@@ -27,12 +27,12 @@ from hpc_ddpm.files import fsync
 from hpc_ddpm.sampling.masks import Mask
 from hpc_ddpm.sampling.plan import Item
 
-PACKED = "packed"
+PACKED, ROWS = "packed", "rows"
 
 
 def row_path(out: Path, item_id: str) -> Path:
     """Of a volume that is in no shard yet."""
-    return out / PACKED / "rows" / f"{item_id}.h5"
+    return out / PACKED / ROWS / f"{item_id}.h5"
 
 
 def write_packed_row(

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hpc_ddpm.config import Config
 from hpc_ddpm.data.claims import Writer
+from hpc_ddpm.data.labels import to_brats_raw
+from hpc_ddpm.data.shards import INDEX
 from hpc_ddpm.data.team import Team
 from hpc_ddpm.distributed import StopFlag
 from hpc_ddpm.errors import ClusterError
@@ -28,9 +31,9 @@ from hpc_ddpm.sampling.fidelity import build_fidelity
 from hpc_ddpm.sampling.finish import Finisher
 from hpc_ddpm.sampling.folder import PURPOSE, SampleFolder
 from hpc_ddpm.sampling.masks import MaskSource
-from hpc_ddpm.sampling.packed import PACKED, assemble
+from hpc_ddpm.sampling.packed import PACKED, ROWS, assemble
 from hpc_ddpm.sampling.pipeline import Pipeline
-from hpc_ddpm.sampling.plan import Item, build_plan, extend_manifest
+from hpc_ddpm.sampling.plan import WAIT_S, Item, build_plan, extend_manifest, read_manifest
 from hpc_ddpm.sampling.write import estimate_bytes
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
@@ -123,12 +126,15 @@ def run_sampling(
             finisher = Finisher(folder, config, weights, model, writer.scratch, fidelity, team.run)
             worker = Worker(model, folder, todo, writer, team, finisher, stop, retry, on_volume)
             worker.work()
-        done, failed = folder.done() & {item.id for item in items}, finisher.failures()
+        ids = {item.id for item in items}
+        done, failed = folder.done() & ids, finisher.failures(ids)
         is_complete = len(done) + sum(failed.values()) == len(items)
         if is_complete and PACKED in config.sampling.output.formats:
-            _assemble(folder, config, items, done, writer)
+            _assemble(folder, config, items, done, writer, stop)
         if is_complete and writer.leave():
-            shutil.rmtree(folder.state, ignore_errors=True)
+            with suppress(OSError):  # another has joined meanwhile
+                writer.scratch.parent.rmdir()
+                shutil.rmtree(folder.state, ignore_errors=True)
         fitted, signal = len(finisher.fitted), stop.signal or 0
         return SampleReport(finisher.generated, worker.seconds, len(done), len(items), failed, fitted, signal)
 
@@ -220,16 +226,17 @@ def exact_kernels(config: Config, device: torch.device) -> Iterator[None]:
 def _plan(
     folder: SampleFolder, config: Config, weights: dict[str, Any], masks: Sequence[MaskSource], writer: Writer
 ) -> tuple[list[Item], list[Item]]:
+    """What cannot be written in the formats that are asked for is refused before anything is planned."""
+    output = config.sampling.output
+    if output.mask_coding == "brats_raw":
+        to_brats_raw(np.empty(0, np.uint8), config.data.labels)
     folder.claim(config, weights, writer)
-    wanted = build_plan(masks, config.sampling.replicas, config.seed)
-    items = extend_manifest(folder.path, wanted, writer)
-    if not masks:
-        known = [item.source for item in items if item.replica == 0]
-        wanted = build_plan(known, config.sampling.replicas, config.seed)
-        items = extend_manifest(folder.path, wanted, writer)
-    if BIDS in config.sampling.output.formats:
-        check_labels(items)
-    return items, wanted
+    planned = read_manifest(folder.path)
+    sources = masks or [item.source for item in planned if item.replica == 0]
+    wanted = build_plan(sources, config.sampling.replicas, config.seed)
+    if BIDS in output.formats:
+        check_labels([*planned, *wanted])
+    return extend_manifest(folder.path, wanted, writer), wanted
 
 
 def _check_space(folder: SampleFolder, config: Config, items: Sequence[Item], say: Callable[[str], None]) -> None:
@@ -251,11 +258,17 @@ def _size(count: float) -> str:
     return f"{count:.1f} {unit}"
 
 
-def _assemble(folder: SampleFolder, config: Config, items: Sequence[Item], done: set[str], writer: Writer) -> None:
-    """Shards of the rows that are in none yet."""
-    with writer.claim(PACKED) as is_ours:
-        if is_ours:
-            records = {item_id: folder.record(item_id)["packed"] for item_id in done}
-            assemble(folder.path, items, records, config.data, writer)
-            with suppress(OSError):
-                (folder.path / PACKED / "rows").rmdir()
+def _assemble(
+    folder: SampleFolder, config: Config, items: Sequence[Item], done: set[str], writer: Writer, stop: StopFlag
+) -> None:
+    """Shards of the rows that are in none yet; who comes second waits, since a rank that leaves may end the others."""
+    packed = folder.path / PACKED
+    while done and not stop.signal and ((packed / ROWS).is_dir() or not (packed / INDEX).exists()):
+        with writer.claim(PACKED) as is_ours:
+            if is_ours:
+                records = {item_id: folder.record(item_id)["packed"] for item_id in done}
+                assemble(folder.path, items, records, config.data, writer)
+                with suppress(OSError):
+                    (packed / ROWS).rmdir()
+                return
+        time.sleep(WAIT_S)

@@ -14,7 +14,7 @@ import pytest
 from hpc_ddpm.benchmark.compare import compare
 from hpc_ddpm.benchmark.figures import make_row
 from hpc_ddpm.benchmark.gpu_check.run import rows_table
-from hpc_ddpm.benchmark.page import to_page
+from hpc_ddpm.benchmark.page import _svg, to_page
 from hpc_ddpm.benchmark.record import Report, environment, new_report, read_report, write_report
 from hpc_ddpm.benchmark.timing import spread
 from hpc_ddpm.config import load_config
@@ -128,6 +128,19 @@ def test_the_page_needs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert "Mann-Whitney" in text
         assert "contestant" in text
     assert to_page(reports)[1] == markdown
+
+
+def test_every_run_is_drawn_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("hpc_ddpm.benchmark.page._svg", lambda figure: drawn.append(figure) or _svg(figure))
+    names = ["_a", "a$_^$b", *map(str, range(10))]
+    to_page({name: run(1.0) for name in names})
+    for picture in drawn[:2]:  # roofline, repeats
+        (axes,) = picture.axes
+        shown = [text.get_text().partition(":")[0] for text in axes.get_legend().get_texts()]
+        assert [name.strip().replace("\\", "") for name in shown] == names
+        lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+        assert len({(line.get_marker(), line.get_color()) for line in lines}) == len(names)
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:

@@ -81,7 +81,8 @@ def test_plain_steps_follow_the_gradient() -> None:
 def test_the_peak_is_the_data_sheets() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
     assert peak_flops("NVIDIA GeForce RTX 4090", "fp32") == 82.6e12
-    assert peak_flops("NVIDIA H100 PCIe", "bf16") is None
+    for slower in ("H100 PCIe", "H100 NVL", "A100-SXM4-80GB MIG 1g.10gb", "GeForce RTX 4090 Laptop GPU"):
+        assert peak_flops(f"NVIDIA {slower}", "bf16") is None
     assert peak_flops(device_name(SETUP.device), "bf16") is None
 
 

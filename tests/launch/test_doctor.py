@@ -6,10 +6,12 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from hpc_ddpm.errors import ClusterError
 from launch import doctor, slurm
 from launch.profiles import load_profile
 
@@ -50,3 +52,47 @@ def test_no_slurm_fails_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch)
 def test_tasks_that_have_not_started_are_counted() -> None:
     assert slurm.expand_tasks("7_[0-2,5%4]") == ["7_0", "7_1", "7_2", "7_5"]
     assert slurm.expand_tasks("7_3") == ["7_3"]
+
+
+def test_a_probe_that_hangs_or_crashes_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The disk and SLURM are looked at all the same."""
+
+    def hang(command: list[str], **options: Any) -> None:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    for check in ("_python", "_gpu", "_conv3d"):
+        monkeypatch.setattr(doctor, check, lambda: iter(()))
+    monkeypatch.setattr(subprocess, "run", hang)
+    found = {finding.check: finding for finding in doctor.examine(load_profile("local"), tmp_path)}
+    assert [found[name].status for name in ("deepspeed", "ranks", "mpi", "hdf5")] == ["fail", "fail", "warn", "fail"]
+    assert "nothing within 120 s" in found["hdf5"].found
+    assert "space" in found and "slurm" in found
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, -7, "", ""))
+    (finding,) = doctor._hdf5(tmp_path)
+    assert finding.found.endswith("exit code -7")
+
+
+def test_slurm_that_stops_answering_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*command: str) -> str:
+        if command[0] == "sinfo":
+            raise ClusterError("`sinfo` did not answer within 60 s; try again later")
+        return "MaxArraySize = 1001"
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    found = {finding.found: finding.status for finding in doctor._slurm(None)}
+    assert found["`sinfo` did not answer within 60 s; try again later"] == "fail"
+    assert found["1001 tasks at most (MaxArraySize)"] == "pass"
+
+
+def test_every_partition_of_a_list_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "gpu|gpu:a100:4|2|1-00:00:00|up\ncpu|(null)|2|1-00:00:00|up\n"
+    monkeypatch.setattr(slurm, "ask", lambda *command: rows)
+    profile = load_profile("devcluster").model_copy(
+        update={"partition": "gpu,gpu-long", "cpu_partition": "cpu", "gpus_per_node": 4}
+    )
+    _, *found = doctor._partitions(profile)
+    assert [(finding.status, finding.found) for finding in found] == [
+        ("pass", "partition gpu is up, 4 GPUs per node"),
+        ("fail", "no partition gpu-long"),
+        ("pass", "partition cpu is up, 0 GPUs per node"),
+    ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.after_job import progress_mark
+from launch.jobs_tables import describe
 from launch.ledger import time_ledger
 from launch.profiles import load_profile
 from launch.records import Submission, add_event, find_runs, read_events, read_submissions
@@ -56,6 +58,24 @@ def test_where_the_time_went(tmp_path: Path) -> None:
         "lost_steps": 3,
         "starting": 42,
     }
+
+
+def test_gpu_hours_count_the_gpus_of_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour on 64 GPUs, half of it in steps, then an hour on one, all of it in steps."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    for job, nodes, ranks, began in (("7", 16, 4, 100.0), ("8", 1, 1, 3700.0)):
+        replace(submission(tmp_path, job_id=job), nodes=nodes, ranks_per_node=ranks, submitted=began).write()
+        for event in ({"event": "start", "time": began}, {"event": "end", "time": began + 3600, "code": 0}):
+            add_event(tmp_path, job, event | {"restarts": 0})
+    speed = {"data_wait_share": 0.0, "volumes_per_s": 64.0}
+    rows = [
+        {"step": 1, "step_time_s": 1800.0, "volumes_per_s_per_rank": 1.0} | speed,
+        {"step": 2, "step_time_s": 3600.0, "volumes_per_s_per_rank": 64.0} | speed,
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (*_, newest) = look(read_submissions(tmp_path))
+    spent = describe(newest, in_full=True)["gpu_hours"]
+    assert (spent["running"], spent["computing"], spent["starting"]) == (65, 33, 32)
 
 
 def test_progress_is_seen(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 import hpc_ddpm
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.nifti import write_nifti
-from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.errors import ClusterError, ConfigError
+from hpc_ddpm.files import writing_to
 from hpc_ddpm.model.unet3d import build_unet
-from hpc_ddpm.sampling.compare import Cell, compare, gradient_rms, grid, mask_fit
+from hpc_ddpm.sampling.compare import Cell, _save_array, compare, gradient_rms, grid, mask_fit
 from hpc_ddpm.weights import save_weights
 from launch.sample_commands import sample_app
 from tests.conftest import TINY
@@ -105,3 +107,14 @@ def test_the_command_says_where_table_and_figure_are(
     result = CliRunner().invoke(sample_app, ["compare", *map(str, arguments), "--samplers", "unipc", "--steps", "2"])
     assert result.exit_code == 0, result.output
     assert "| unipc | 2 | quadratic |" in result.output and (tmp_path / "out" / "figure.png").exists()
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ClusterError, match="File too large"), writing_to(tmp_path):
+            _save_array(tmp_path / "reference" / "a.npy", np.zeros((16, 16, 16), np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any((tmp_path / "reference").iterdir())

@@ -20,7 +20,8 @@ from hpc_ddpm.config import load_config
 from hpc_ddpm.data.nifti import read_nifti, write_nifti
 from hpc_ddpm.errors import ClusterError, ConfigError
 from hpc_ddpm.sampling import write
-from hpc_ddpm.sampling.folder import SampleFolder
+from hpc_ddpm.sampling.finish import Finisher
+from hpc_ddpm.sampling.folder import Failure, SampleFolder
 from hpc_ddpm.sampling.status import read_status
 from tests.conftest import rank_environment
 from tests.forks import Fork
@@ -110,6 +111,21 @@ def test_a_full_disk_ends_the_worker(cli: Cli, weights: Path, heads: Path, tmp_p
 
 
 RUN = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from launch.cli import main; main()"
+
+
+def test_failures_of_volumes_that_others_planned_are_theirs(
+    generate_set: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker joins with more masks while this one is at work; here, just before it reports."""
+    finish = Finisher.failures
+
+    def failures(finisher: Finisher, *arguments: Any) -> dict[str, int]:
+        finisher.folder.write_failure(Failure("stranger_r000", "mask", "damaged", "theirs"), finisher.scratch)
+        return finish(finisher, *arguments)
+
+    monkeypatch.setattr(Finisher, "failures", failures)
+    assert generate_set(tmp_path).failed == {}
+    assert not (tmp_path / ".sample").exists()
 
 
 def test_too_little_room(generate_set: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,24 @@ def test_two_masks_of_one_bids_name(generate_set: Generate, heads: Path, tmp_pat
         generate_set(tmp_path / "out", ALL, masks=tmp_path / "masks")
 
 
+def test_what_is_refused_leaves_a_set_as_it_is(generate_set: Generate, heads: Path, tmp_path: Path) -> None:
+    """The plan only grows, so what cannot be written must not come into it."""
+    (tmp_path / "masks").mkdir()
+    for name in ("a1", "a-1"):
+        (tmp_path / "masks" / f"{name}.nii.gz").write_bytes((heads / "head_0000.nii.gz").read_bytes())
+    bids, out = "sampling.output.formats=bids", tmp_path / "out"
+    one = tmp_path / "masks" / "a1.nii.gz"
+    generate_set(out, bids, masks=one)
+    with pytest.raises(ConfigError, match="would both be sub-a1r000"):
+        generate_set(out, bids, masks=tmp_path / "masks")
+    assert generate_set(out, bids, masks=one).planned == 1
+    with pytest.raises(ConfigError, match="brats_raw needs labels"):
+        generate_set(tmp_path / "raw", "sampling.output.mask_coding=brats_raw")
+    assert generate_set(tmp_path / "raw", masks=one).done == 1
+    with pytest.raises(ConfigError, match=r"sampling\.output\.formats=\[\]"):
+        load_config(None, ["sampling.output.formats=[]"])
+
+
 def test_what_another_worker_has_begun_is_left_to_it(generate_set: Generate, weights: Path, tmp_path: Path) -> None:
     generate_set(tmp_path)
     for item in ("head_0001_r000", "head_0003_r000"):

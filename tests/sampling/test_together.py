@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,35 @@ def test_a_lease_of_another_node_ends(generate_set: Generate, tmp_path: Path, mo
         os.utime(elsewhere.scratch, (then, then))
         assert look_at_claims(tmp_path / ".sample") == ([], set())
         assert generate_set(tmp_path, masks=None).done == 5
+
+
+def test_who_joins_at_the_end_keeps_its_place(
+    generate_set: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last worker has seen that it is alone, and clears away."""
+    leave = Writer.leave
+    with ExitStack() as stack:
+
+        def leave_and_be_followed(writer: Writer) -> bool:
+            is_last = leave(writer)
+            monkeypatch.setattr(Writer, "leave", leave)
+            assert stack.enter_context(stack.enter_context(Writer(writer.state, "sample")).claim("more"))
+            return is_last
+
+        monkeypatch.setattr(Writer, "leave", leave_and_be_followed)
+        assert generate_set(tmp_path).done == 5
+        assert [len(found) for found in look_at_claims(tmp_path / ".sample")] == [1, 1]
+    assert generate_set(tmp_path).generated == 0
+    assert not (tmp_path / ".sample").exists()
+
+
+def test_shards_that_another_writes_are_waited_for(
+    generate_set: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launchers end all ranks when one leaves with exit code 2; should the other be lost, this one writes them."""
+    with Writer(tmp_path / ".sample", "sample") as other, ExitStack() as lease:
+        assert lease.enter_context(other.claim("packed"))
+        monkeypatch.setattr("time.sleep", lambda seconds: lease.close() if seconds else None)
+        assert generate_set(tmp_path, "sampling.output.formats=[packed]").done == 5
+    assert verify_set(tmp_path) == []
+    assert (tmp_path / "packed" / "index.json").exists()

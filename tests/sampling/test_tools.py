@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hpc_ddpm.checkpoint import MANIFEST, Piece, write_pieces
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.shards import open_packed
-from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.errors import CheckpointError, ClusterError, DataFormatError
 from hpc_ddpm.sampling import anonymize
 from hpc_ddpm.sampling.anonymize import find_neighbours
-from hpc_ddpm.sampling.folder import SampleFolder
+from hpc_ddpm.sampling.folder import Failure, SampleFolder
 from hpc_ddpm.sampling.gallery import write_gallery
 from hpc_ddpm.sampling.read import Generated
 from hpc_ddpm.sampling.verify import verify_set
-from tests.conftest import TINY
+from hpc_ddpm.weights import load_weights
+from tests.conftest import TINY, torchrun_variables
 from tests.sampling.conftest import Generate, Run, sidecars
 
 ALL = "sampling.output.formats=[nifti,bids,packed]"
@@ -78,6 +82,49 @@ def test_the_command_line(run: Run, weights: Path, heads: Path, tmp_path: Path) 
         run("reproduce", path, "-q")
 
 
+def test_a_set_of_another_average_is_retried_and_reproduced(
+    run: Run, weights: Path, heads: Path, tmp_path: Path
+) -> None:
+    """The run's default is `ema`; a set knows which average it was made with."""
+    found, source, out = load_weights(weights), tmp_path / "run", tmp_path / "out"
+    step = source / "checkpoints" / "step_00000010"
+    step.mkdir(parents=True)
+    write_pieces(
+        step / "pieces-00000-of-00001.safetensors",
+        [
+            Piece(kind, key, tuple(value.shape), 0, factor * value.flatten())
+            for kind, factor in (("ema", 0.5), ("master", 1.0))
+            for key, value in found.state_dict.items()
+        ],
+    )
+    (step / MANIFEST).write_text("{}")
+    (source / "config.json").write_text(json.dumps(found.config.dump()))
+    run(source, "--out", out, "--masks", heads / "head_0000.nii.gz", "-q", "sampling.weights=master")
+    file = out / "t1" / "head_0000_r000.nii.gz"
+    assert "the same bits" in run("reproduce", file, "-q")
+    (out / "sidecar" / "head_0000_r000.json").unlink()
+    SampleFolder(out).write_failure(Failure("head_0000_r000", "write", "a full disk", "before"), tmp_path)
+    assert "1 volumes generated" in run("retry", out, "-q")
+    source.rename(tmp_path / "moved")
+    for command in (("retry", out), ("reproduce", file)):
+        with pytest.raises(CheckpointError, match="not there any more; give their place by --weights"):
+            run(*command, "-q")
+    assert "the same bits" in run("reproduce", file, "-q", "--weights", tmp_path / "moved")
+
+
+def test_a_gallery_that_cannot_be_written(
+    generate_set: Generate, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate_set(tmp_path, masks=heads / "head_0000.nii.gz")
+
+    def refuse(path: Path, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("hpc_ddpm.sampling.gallery.atomic_path", refuse)
+    with pytest.raises(ClusterError, match=r"cannot write here \(Read-only file system\)"):
+        write_gallery(tmp_path)
+
+
 def test_gallery_escapes_and_pages(generate_set: Generate, heads: Path, tmp_path: Path) -> None:
     name = "<script>alert('x')&"
     (tmp_path / "masks").mkdir()
@@ -107,6 +154,21 @@ def test_anonymize_reports_neighbours(run: Run, weights: Path, tiny_packed: Path
     assert {one["subject"] for one in report["neighbours"]} == set(subjects)
     with pytest.raises(DataFormatError, match="no subject nobody"):
         run("anonymize", weights, "nobody", *options)
+
+
+def test_other_ranks_leave_failures_to_the_one_that_compares(
+    run: Run, weights: Path, tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise DataFormatError("damaged")
+
+    monkeypatch.setattr("hpc_ddpm.sampling.pipeline.load_mask", refuse)
+    command = ("anonymize", weights, "head_0000", "--data", tiny_packed, "--out", tmp_path, "-q")
+    for rank, code in ((1, 0), (0, 2)):
+        for name, value in torchrun_variables(2)[rank].items():
+            monkeypatch.setenv(name, value)
+        run(*command, code=code)
+    assert (tmp_path / "anonymize.json").exists()
 
 
 def test_a_copy_of_a_training_volume_is_seen(
