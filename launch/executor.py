@@ -94,7 +94,7 @@ def submit(request: Request) -> Submission:
     """Start it: as a SLURM job or array, or as ranks of this machine in the background.
 
     Raises:
-        ClusterError: a job of this run is queued or runs already, or SLURM is not here or refuses.
+        ClusterError: a job of this run is queued or runs already, or may do so; or SLURM is not here or refuses.
     """
     with submitting(request.run_dir):
         refuse_if_busy(request.run_dir)
@@ -105,7 +105,7 @@ def refuse_if_busy(run_dir: Path) -> None:
     """A run has one job at a time.
 
     Raises:
-        ClusterError: one is queued or runs.
+        ClusterError: one is queued or runs, or nobody here knows whether it does.
     """
     busy = live_job(run_dir)
     if busy is not None:
