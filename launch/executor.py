@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import shlex
 import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.runlog import git_commit
-from launch.jobs import StageJob
+from launch.jobs import VISIBLE_GPUS, StageJob
 from launch.profiles import Profile
 from launch.records import FOLDER, GPU_STAGES, Submission, submitting
 from launch.snapshot import take_snapshot
@@ -270,7 +272,7 @@ def _teardown(request: Request, python: str) -> list[str]:
 
 
 def _submit_local(request: Request, folder: Path, code: Path, job: StageJob) -> str:
-    """Ranks in the background that outlive this process; MASTER_PORT is a free one."""
+    """Ranks in the background that outlive this process and its terminal; MASTER_PORT is a free one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -278,6 +280,7 @@ def _submit_local(request: Request, folder: Path, code: Path, job: StageJob) -> 
         **request.profile.environment,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
         "MASTER_PORT": port,
+        **_visible_gpus(request),
     }
     executor = submitit.LocalExecutor(folder, python=f"{shlex.quote(sys.executable)} -P")
     executor.update_parameters(
@@ -287,8 +290,36 @@ def _submit_local(request: Request, folder: Path, code: Path, job: StageJob) -> 
         gpus_per_node=request.ranks_per_node if request.needs_gpus else 0,
         stderr_to_stdout=True,
     )
-    with submitit.helpers.environment_variables(**environment), _output_to(folder / "local.log"):
-        return str(executor.submit(job).job_id)
+    with (
+        submitit.helpers.environment_variables(**environment),
+        _output_to(folder / "local.log"),
+        ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=os.setsid) as session,
+    ):
+        return session.submit(_start, executor, job).result()
+
+
+def _start(executor: submitit.LocalExecutor, job: StageJob) -> str:
+    """In a session of its own, which neither Ctrl-C nor the end of the terminal reaches."""
+    return str(executor.submit(job).job_id)
+
+
+def _visible_gpus(request: Request) -> dict[str, str]:
+    """Those that the profile or this process's environment names, the first of them; submitit would count from 0.
+
+    Raises:
+        ClusterError: there are fewer than ranks.
+    """
+    environment = {**os.environ, **request.profile.environment}
+    if "CUDA_VISIBLE_DEVICES" not in environment or not request.needs_gpus:
+        return {}
+    given, wanted = str(environment["CUDA_VISIBLE_DEVICES"]), request.ranks_per_node
+    names = given.split(",")
+    if len(names) < wanted and given not in ("", "-1") and environment.get("HPC_DDPM_DEVICE") != "cpu":
+        raise ClusterError(
+            f"{wanted} ranks, one per GPU, but CUDA_VISIBLE_DEVICES={given} names {len(names)}; name more, or give "
+            f"--gpus-per-node {len(names)}"
+        )
+    return {VISIBLE_GPUS: ",".join(names[:wanted])}
 
 
 @contextmanager
