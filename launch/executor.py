@@ -259,7 +259,7 @@ def _setup(profile: Profile, code: Path) -> list[str]:
 def _teardown(request: Request, python: str) -> list[str]:
     """A job that ends by itself within the grace time of a preemption counts as failed: it must requeue itself."""
     profile = request.profile
-    limits = f"--max-requeues {profile.max_requeues} --max-crashes {profile.max_crashes}"
+    limits = f"--max-requeues {profile.max_requeues} --max-crashes {profile.max_crashes} --limit-s {profile.limit_s}"
     words = f"{shlex.quote(str(request.run_dir.resolve()))} {request.stage} $code {limits}"
     return [
         "code=$?",
@@ -284,7 +284,7 @@ def _submit_local(request: Request, folder: Path, code: Path, job: StageJob) -> 
     }
     executor = submitit.LocalExecutor(folder, python=f"{shlex.quote(sys.executable)} -P")
     executor.update_parameters(
-        timeout_min=request.profile.hours * 60,
+        timeout_min=request.profile.limit_s / 60,
         signal_delay_s=request.profile.signal_delay_s,
         tasks_per_node=request.ranks_per_node,
         gpus_per_node=request.ranks_per_node if request.needs_gpus else 0,

@@ -22,7 +22,7 @@ from hpc_ddpm.runlog import git_commit, read_metrics
 from launch.after_job import End, decide
 from launch.executor import Request, _visible_gpus, submit
 from launch.jobs import _export_local_ranks
-from launch.profiles import list_profiles, load_profile
+from launch.profiles import Profile, list_profiles, load_profile
 from launch.snapshot import take_snapshot
 from launch.watch import live_job
 from tests.conftest import REPOSITORY, TINY, rank_environment
@@ -53,11 +53,23 @@ def test_a_users_own_profile_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert load_profile("example_university").partition == "gpu-preempt"
 
 
+def test_a_time_is_taken_as_written(tmp_path: Path) -> None:
+    """YAML 1.1 reads it as 30600, a number of base 60."""
+    path = tmp_path / "profile.yaml"
+    path.write_text("nodes: 2\ntime: 8:30:00  # of the night\n")
+    profile = load_profile(str(path))
+    assert (profile.time, profile.limit_s) == ("8:30:00", 30600)
+    assert Profile.model_validate(profile.model_dump(mode="json")) == profile
+
+
 @pytest.mark.parametrize(
     ("text", "changes", "part"),
     [
         ("partition: a\npartitoin: b", {}, r"profile.yaml:2: unknown setting 'partitoin'; did you mean 'partition'"),
         ("nodes: 1\ntime: 24h", {}, r"profile.yaml:2: '24h' is no time; expected HOURS:MINUTES:SECONDS"),
+        ("nodes: 1\ntime: 1440", {}, r"profile.yaml:2: '1440' is no time; .*such as 24:00:00 or 1-00:00:00"),
+        ("time: 90:00", {}, r"profile.yaml:1: '90:00' is no time"),
+        ("nodes: 1", {"time": "0:05:00"}, "time=0:05:00 is no longer than the warning before its end"),
         ("memory_per_gpu: 5 GB", {}, r"profile.yaml:1: memory_per_gpu='5 GB'"),
         ("executor: local\nnodes: 2", {}, "executor local has one node, found nodes=2"),
         ("partition: a", {"nodes": 0}, "--nodes: nodes=0: input should be greater than or equal to 1"),
@@ -199,8 +211,12 @@ def test_a_job_runs_the_code_that_was_submitted(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ after the end
 
 
-def ended(mark: str, *, is_orderly: bool = False) -> dict[str, object]:
-    return {"event": "end", "mark": mark, "is_orderly": is_orderly}
+def ended(mark: str, *, is_excused: bool = False) -> dict[str, object]:
+    return {"event": "end", "mark": mark, "is_excused": is_excused}
+
+
+def at_limit(mark: str) -> End:
+    return End(140, mark, (140,), share=0.99)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +226,11 @@ def ended(mark: str, *, is_orderly: bool = False) -> dict[str, object]:
         (End(2), [], 0, False, "failed with exit code 2; the log says why"),
         (End(143, ranks=(2,)), [], 0, False, "failed with exit code 2"),  # srun ended the others, the highest code wins
         (End(143, "a", (143, 143)), [], 9, True, "stopped by SIGTERM"),
-        (End(140, "a", (140,)), [ended("a", is_orderly=True)] * 8, 8, True, "stopped by SIGUSR2"),
+        (End(143, "a", (143,), share=0.1), [ended("a", is_excused=True)] * 8, 8, True, "stopped by SIGTERM"),
+        (at_limit("b"), [ended("a"), ended("a")], 2, True, "stopped by SIGUSR2, requeued after 2 restarts"),
+        (at_limit("a"), [ended("0"), ended("a"), ended("a")], 3, True, "stopped by SIGUSR2"),
+        (at_limit("a"), [ended("a")] * 3, 3, False, "3 starts in a row without progress, the last: stopped by SIGUSR2"),
+        (at_limit("a"), [ended("a"), ended("a", is_excused=True), ended("a")], 3, True, "stopped by SIGUSR2"),
         (End(143, "a", (140,)), [], 8, True, "stopped by SIGUSR2"),  # srun ended a slower rank
         (End(143, "a", (143,)), [], 10, False, "max_requeues"),
         (End(137, "a", (75,)), [], 0, True, "a rank was lost"),
@@ -218,7 +238,7 @@ def ended(mark: str, *, is_orderly: bool = False) -> dict[str, object]:
         (End(143, "a", is_hang=True), [], 0, True, "a rank hung, see stacks-of-rank-*.txt"),
         (End(143, "a"), [ended("a")] * 2, 2, False, "3 starts in a row without progress, the last: ended by a signal"),
         (End(137, "a"), [ended("0"), ended("a")], 2, True, "a rank was lost"),
-        (End(137, "a"), [ended("a"), ended("a"), ended("a", is_orderly=True)], 3, True, "a rank was lost"),
+        (End(137, "a"), [ended("a"), ended("a"), ended("a", is_excused=True)], 3, True, "a rank was lost"),
     ],
 )
 def test_what_comes_back(end: End, ends: list[dict[str, object]], restarts: int, comes_back: bool, part: str) -> None:
