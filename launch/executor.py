@@ -46,9 +46,11 @@ class Request:
     nodes: int = 1
     """Of the job, or of each task."""
     ranks_per_node: int = 1
-    """One per GPU."""
+    """One per GPU, or with `gpus_per_rank` of them."""
     dependency: str = ""
     """As `sbatch` takes it."""
+    gpus_per_rank: int = 1
+    """More where the stage starts ranks of its own."""
 
     @property
     def needs_gpus(self) -> bool:
@@ -65,16 +67,21 @@ class Request:
         return self.nodes * self.ranks_per_node
 
     @property
+    def gpus_per_node(self) -> int:
+        """Of a stage that needs any."""
+        return self.ranks_per_node * self.gpus_per_rank
+
+    @property
     def in_words(self) -> str:
         """Resources and the most that one start can use."""
         tasks, hours = max(1, self.num_tasks), self.profile.hours
         array = f"{tasks} tasks ({min(tasks, self.profile.array_parallelism)} at a time) × " if self.num_tasks else ""
         if not self.needs_gpus:
             return f"{array}{self.nodes} node{'s' * (self.nodes > 1)} without GPUs for at most {self.profile.time}"
-        gpus = tasks * self.world_size
+        gpus = tasks * self.nodes * self.gpus_per_node
         return (
-            f"{array}{self.nodes} node{'s' * (self.nodes > 1)} × {self.ranks_per_node} "
-            f"GPU{'s' * (self.ranks_per_node > 1)} for at most {self.profile.time} = {gpus * hours:g} GPU-hours; "
+            f"{array}{self.nodes} node{'s' * (self.nodes > 1)} × {self.gpus_per_node} "
+            f"GPU{'s' * (self.gpus_per_node > 1)} for at most {self.profile.time} = {gpus * hours:g} GPU-hours; "
             f"up to {self.profile.max_requeues} requeues of that size"
         )
 
@@ -89,6 +96,7 @@ def again(submission: Submission, num_tasks: int) -> Request:
         num_tasks if num_tasks > 1 else 0,
         submission.nodes,
         submission.ranks_per_node,
+        gpus_per_rank=submission.gpus_per_rank,
     )
 
 
@@ -143,6 +151,7 @@ def _submit(request: Request) -> Submission:
         submitted=time.time(),
         host=socket.gethostname(),
         git_commit=git_commit(),
+        gpus_per_rank=request.gpus_per_rank,
     )
     submission.write()
     return submission
@@ -219,7 +228,7 @@ def _resources(request: Request) -> dict[str, Any]:
     """Of one job or array task, in submitit's names; what is empty in the profile is not asked for."""
     profile, gpus = request.profile, request.needs_gpus
     partition = profile.partition if gpus else profile.cpu_partition or profile.partition
-    share = 1 if gpus else profile.gpus_per_node
+    share = request.gpus_per_rank if gpus else profile.gpus_per_node
     wanted: dict[str, Any] = {
         "job_name": f"hpc-ddpm-{request.stage}-{request.run_dir.resolve().name}",
         "partition": partition,
@@ -239,7 +248,7 @@ def _resources(request: Request) -> dict[str, Any]:
         "additional_parameters": {"requeue": True, "kill_on_invalid_dep": "yes", **profile.sbatch},
     }
     if gpus:
-        wanted["gpus_per_node"] = f"{profile.gpu_type}:{request.ranks_per_node}".lstrip(":")
+        wanted["gpus_per_node"] = f"{profile.gpu_type}:{request.gpus_per_node}".lstrip(":")
     return wanted
 
 
@@ -287,7 +296,7 @@ def _submit_local(request: Request, folder: Path, code: Path, job: StageJob) -> 
         timeout_min=request.profile.limit_s / 60,
         signal_delay_s=request.profile.signal_delay_s,
         tasks_per_node=request.ranks_per_node,
-        gpus_per_node=request.ranks_per_node if request.needs_gpus else 0,
+        gpus_per_node=request.gpus_per_node if request.needs_gpus else 0,
         stderr_to_stdout=True,
     )
     with (
@@ -312,12 +321,12 @@ def _visible_gpus(request: Request) -> dict[str, str]:
     environment = {**os.environ, **request.profile.environment}
     if "CUDA_VISIBLE_DEVICES" not in environment or not request.needs_gpus:
         return {}
-    given, wanted = str(environment["CUDA_VISIBLE_DEVICES"]), request.ranks_per_node
+    given, wanted = str(environment["CUDA_VISIBLE_DEVICES"]), request.gpus_per_node
     names = given.split(",")
     if len(names) < wanted and given not in ("", "-1") and environment.get("HPC_DDPM_DEVICE") != "cpu":
         raise ClusterError(
-            f"{wanted} ranks, one per GPU, but CUDA_VISIBLE_DEVICES={given} names {len(names)}; name more, or give "
-            f"--gpus-per-node {len(names)}"
+            f"{wanted} GPUs are asked for, but CUDA_VISIBLE_DEVICES={given} names {len(names)}; name more, or ask for "
+            "fewer (--gpus-per-node)"
         )
     return {VISIBLE_GPUS: ",".join(names[:wanted])}
 

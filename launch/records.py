@@ -46,6 +46,7 @@ class Submission:
     """Seconds since the epoch."""
     host: str
     git_commit: str | None
+    gpus_per_rank: int = 1
 
     @property
     def task_ids(self) -> list[str]:

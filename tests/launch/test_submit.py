@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from hpc_ddpm.config import presets_dir
+from hpc_ddpm.config import load_config, presets_dir
 from hpc_ddpm.errors import ClusterError, ConfigError
 from hpc_ddpm.runlog import git_commit, read_metrics
 from launch.after_job import End, decide
 from launch.executor import Request, _visible_gpus, submit
 from launch.jobs import _export_local_ranks
+from launch.pipeline import _requests
 from launch.profiles import Profile, list_profiles, load_profile
 from launch.snapshot import take_snapshot
 from launch.watch import live_job
@@ -143,18 +144,41 @@ def test_packing_asks_for_no_gpu_and_sampling_is_an_array(laptop: Cli, tmp_path:
 
 
 def test_a_benchmark_is_one_job(laptop: Cli, tmp_path: Path) -> None:
-    common = ["--dry-run", "--cluster", "example_dgx", "--nodes", "2", "--out", tmp_path]
-    train = laptop("submit", "bench", "train", *common, "--config", "demo", "training.global_batch=16").stdout
+    common = ["--dry-run", "--cluster", "example_dgx", "--out", tmp_path]
+    two = ["--nodes", "2", *common]
+    train = laptop("submit", "bench", "train", *two, "--config", "demo", "training.global_batch=16").stdout
     assert "#SBATCH --ntasks-per-node=8" in train
     assert f"--out {tmp_path}/train.md --json {tmp_path}/train.json --work {tmp_path}" in train
-    assert f"--out {tmp_path}/tune.yaml" in laptop("submit", "bench", "tune", *common).stdout
-    assert f"--out {tmp_path}/all\n" in laptop("submit", "bench", "all", *common).stdout
-    check = laptop("submit", "bench", "gpu-check", *common).stdout
-    assert "request: 1 node × 1 GPU for" in check
-    for words, part in ([["report"], "'report' is no benchmark"], [["train"], "give submit bench train --out FOLDER"]):
-        done = laptop("submit", "bench", *words, "--cluster", "example_dgx")
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert part in done.stderr
+    assert "request: 2 nodes × 8 GPUs for" in laptop("submit", "bench", "comm", *two).stdout
+    tune = laptop("submit", "bench", "tune", "--ranks", "4", *common).stdout
+    assert f"--out {tmp_path}/tune.yaml" in tune
+    wanted = {"ntasks-per-node=1", "gpus-per-node=h100:4", "cpus-per-task=56", "mem=960G", "nodes=1"}
+    assert wanted <= {line.removeprefix("#SBATCH --") for line in tune.splitlines()}
+    assert "request: 1 node × 4 GPUs for" in tune
+    everything = laptop("submit", "bench", "all", *common).stdout
+    assert f"--out {tmp_path}/all\n" in everything
+    assert "request: 1 node × 8 GPUs for" in everything
+    assert "request: 1 node × 1 GPU for" in laptop("submit", "bench", "gpu-check", *common).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["report"], "'report' is no benchmark"),
+        (["train"], "give submit bench train --out FOLDER"),
+        (["all", "--nodes", "2", "--out", "out"], "--nodes 2: bench all runs on one node"),
+        (["tune", "--gpus-per-node", "4", "--out", "out"], "bench tune uses 1 here; give --ranks 4 instead"),
+        (["ab", "--ranks", "9", "--out", "out"], "--ranks 9: bench ab runs on one node, which has 8 GPUs"),
+        (["comm", "--gpus-per-node", "1", "--out", "out"], "bench comm needs two ranks or more"),
+        (["train", "-c", "nosuch", "--out", "out"], "no preset or file called 'nosuch'"),
+        (["train", "--out", "out", "training.global_batch=12"], "12 is not a multiple of micro_batch x ranks"),
+        (["data", "--data", "nosuch", "--out", "out"], "nosuch: nothing there"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_a_job(laptop: Cli, words: list[str], part: str) -> None:
+    done = laptop("submit", "bench", "--dry-run", *words, "--cluster", "example_dgx")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert part in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -177,6 +201,87 @@ def test_mistakes_are_said_before_anything_is_queued(
     assert part in done.stderr
     assert not list((tmp_path / "run").glob("jobs/*.json"))
     assert not list((tmp_path / "run").glob("jobs/*.pkl"))
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["pack", ".", "--config", "nosuch"], "no preset or file called 'nosuch'"),
+        (["pack", ".", "data.nosuch=1"], "unknown setting 'data.nosuch'"),
+        (["pack", "nosuchsource"], "nosuchsource: nothing there; give a folder of volumes or a table"),
+        (["pipeline", "nosuchsource"], "nosuchsource: nothing there"),
+        (["sample", "nosuchrun"], "nosuchrun: nothing there; give a run directory or imported weights"),
+        (["sample", ".", "--masks", ".", "sampling.foo=1"], "unknown setting 'sampling.foo'"),
+        (["sample", ".", "--masks", "nosuch"], "nosuch: nothing there; give --masks"),
+        (["sample", "RUN"], "/packed is no folder: give --masks, or data.path=PACKED"),
+        (["train", "--data", ".", "--from", "nosuch", *TINY], "nosuch: nothing there; give --from a run"),
+    ],
+)
+def test_mistakes_in_other_stages(laptop: Cli, old_run: Path, tmp_path: Path, words: list[str], part: str) -> None:
+    words = [str(old_run) if word == "RUN" else word for word in words]
+    done = laptop("submit", words[0], "--dry-run", "--cluster", "devcluster", "--out", tmp_path / "out", *words[1:])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert part in done.stderr
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    """A run whose data is gone, with a batch that 3 ranks can divide."""
+    config = load_config(None, [*TINY, "training.global_batch=6", f"data.path={tmp_path / 'packed'}"]).config
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config.dump()))
+    return tmp_path / "old"
+
+
+def test_training_from_a_run_is_checked_with_its_settings(laptop: Cli, old_run: Path, tmp_path: Path) -> None:
+    words = ["--dry-run", "--cluster", "devcluster", "--out", tmp_path / "new", "--from", old_run, "--data", tmp_path]
+    done = laptop("submit", "train", *words, "--gpus-per-node", "3")
+    assert done.returncode == 0, done.stderr
+    refused = laptop("submit", "train", *words, "--gpus-per-node", "4")
+    assert "6 is not a multiple of micro_batch x ranks = 1 x 4" in refused.stderr
+
+
+@pytest.fixture
+def login(laptop: Cli, tmp_path: Path) -> Callable[[str], Cli]:
+    """`hpc-ddpm ARGUMENTS` where sbatch refuses scripts with this text in them; what it and scancel did is in `did`."""
+
+    def refusing(text: str) -> Cli:
+        refusal = "echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1"
+        number = f"n=$(/usr/bin/grep -c sbatch {tmp_path}/did); n=$((n + 1)); echo sbatch $n >> {tmp_path}/did"
+        lines = {
+            "sbatch": f"if /usr/bin/grep -q {text} $1; then {refusal}; fi\n{number}; echo Submitted batch job $n",
+            "scancel": f"echo scancel $1 >> {tmp_path}/did",
+            "squeue": "true",
+            "srun": "true",
+        }
+        (tmp_path / "did").touch()
+        for name, shell in lines.items():
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{shell}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        return laptop
+
+    return refusing
+
+
+def test_a_pipeline_is_queued_whole_or_not_at_all(login: Callable[[str], Cli], tmp_path: Path) -> None:
+    words = ["pipeline", tmp_path, "--cluster", "devcluster", "--out", tmp_path / "out", *TINY]
+    done = login("array=")("submit", *words)
+    assert done.returncode == 2
+    assert "SLURM refuses the job: Invalid qos" in done.stderr
+    assert (tmp_path / "did").read_text().split("\n")[:4] == ["sbatch 1", "sbatch 2", "scancel 2", "scancel 1"]
+
+
+def test_a_pipeline_passes_on_the_options_of_packing(laptop: Cli, tmp_path: Path) -> None:
+    options = ["--skip-bad", "--overwrite", "--workers", "3"]
+    words = [tmp_path, "--cluster", "devcluster", "--out", tmp_path / "out", *TINY]
+    done = laptop("submit", "pipeline", "--dry-run", *words, *options)
+    assert done.returncode == 0, done.stderr
+    profile, shape = load_profile("devcluster"), (0, 1, 1)
+    given = {"source": tmp_path, "out": tmp_path, "config": None, "overrides": None}
+    request = _requests({**given, "workers": 3, "skip_bad": True, "overwrite": True}, profile, shape)[0]
+    assert request.arguments[-6:] == (f"{tmp_path}/packed", "--workers", "3", "--skip-bad", "--overwrite", "--quiet")
+    request = _requests({**given, "workers": None, "skip_bad": False, "overwrite": False}, profile, shape)[0]
+    assert request.arguments[-2:] == (f"{tmp_path}/packed", "--quiet")
 
 
 def test_what_slurm_refuses_is_one_line(laptop: Cli, tiny_packed: Path, tmp_path: Path) -> None:
@@ -294,7 +399,7 @@ def test_fewer_gpus_than_local_ranks_are_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.delenv("HPC_DDPM_DEVICE", raising=False)
     request = Request("train", ("train",), tmp_path / "run", load_profile("local"), ranks_per_node=2)
-    with pytest.raises(ClusterError, match="2 ranks, one per GPU, but CUDA_VISIBLE_DEVICES=3 names 1"):
+    with pytest.raises(ClusterError, match="2 GPUs are asked for, but CUDA_VISIBLE_DEVICES=3 names 1"):
         submit(request)
 
 
