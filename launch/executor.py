@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from pydantic import ValidationError
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from hpc_ddpm.errors import ClusterError
@@ -28,6 +29,7 @@ from launch.snapshot import take_snapshot
 from launch.watch import live_job
 
 SRUN_ARGUMENTS = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"]
+OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
 
 
@@ -87,12 +89,21 @@ class Request:
 
 
 def again(submission: Submission, num_tasks: int) -> Request:
-    """The same words and resources, as so many array tasks."""
+    """The same words and resources, as so many array tasks.
+
+    Raises:
+        ClusterError: an older version submitted it with what is refused now.
+    """
+    try:
+        profile = Profile.model_validate(submission.profile)
+    except ValidationError as error:
+        why = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ClusterError(f"job {submission.job_id} cannot be repeated as it was: {why}; submit it anew") from None
     return Request(
         submission.stage,
         tuple(submission.arguments),
         Path(submission.run_dir),
-        Profile.model_validate(submission.profile),
+        profile,
         num_tasks if num_tasks > 1 else 0,
         submission.nodes,
         submission.ranks_per_node,
@@ -179,7 +190,7 @@ def batch_script(request: Request) -> str:
 def _submit_slurm(request: Request, code: Path, job: StageJob) -> str:
     executor = _build(request, code)
     try:
-        with redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says
+        with _outside_of_jobs(), redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says
             if request.num_tasks > 1:
                 return str(executor.submit_array([job] * request.num_tasks)[0].job_id.partition("_")[0])
             return str(executor.submit(job).job_id)
@@ -189,20 +200,34 @@ def _submit_slurm(request: Request, code: Path, job: StageJob) -> str:
             "here with --cluster local"
         ) from None
     except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
-        raise ClusterError(_refusal(str(error), request.profile)) from None
+        raise ClusterError(_refusal(str(error), request)) from None
 
 
-def _refusal(text: str, profile: Profile) -> str:
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Without the variables of an allocation that this runs in: sbatch hands them on, and srun would obey them."""
+    inherited = {key: os.environ[key] for key in os.environ if key.startswith("SLURM_") and key not in OF_THE_CLUSTER}
+    for key in inherited:
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(inherited)
+
+
+def _refusal(text: str, request: Request) -> str:
     """SLURM's own words, and what was asked for."""
     lines = [line.split("error: ", 1)[1] for line in text.splitlines() if line.startswith("sbatch: error: ")]
     said = lines[-1].removeprefix("Batch job submission failed: ") if lines else " ".join(text.split())
-    facts = {
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "nodes": profile.nodes,
-        "GPUs per node": f"{profile.gpu_type} {profile.gpus_per_node}".strip(),
-        "time": profile.time,
+    wanted = _resources(request)
+    facts = {name: wanted.get(name) for name in ("partition", "account", "qos", "constraint", "nodes")}
+    facts |= {
+        "GPUs per node": wanted.get("gpus_per_node", "none"),
+        "cores per node": wanted["ntasks_per_node"] * wanted["cpus_per_task"],
+        "memory per node": wanted.get("mem"),
+        "time": wanted["time"],
+        "array": request.num_tasks and f"of {request.num_tasks}",
+        **request.profile.sbatch,
     }
     asked = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
     return f"SLURM refuses the job: {said} (asked for: {asked}); `sinfo -o '%P %D %G %l'` lists what there is"

@@ -35,8 +35,9 @@ def ls(
     from launch.records import find_runs, read_submissions
     from launch.watch import look
 
-    jobs = look(read_submissions(run)[-1] for run in find_runs(folders or [Path("runs")]))
-    rows = [describe(job) for job in jobs]
+    runs = find_runs(folders or [Path("runs")])
+    newest = [found[-1] for run in runs if (found := read_submissions(run, skip_foreign=True))]
+    rows = [describe(job) for job in look(newest)]
     print_json(rows) if as_json else print_jobs(rows)
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hpc_ddpm.errors import ClusterError
 from launch.after_job import progress_mark
 from launch.cli import app
-from launch.executor import refuse_if_busy
+from launch.executor import again, refuse_if_busy
 from launch.ledger import time_ledger
 from launch.profiles import load_profile
 from launch.records import Submission, add_event, find_runs, read_events, read_submissions
@@ -63,6 +63,26 @@ def test_states_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (job,) = look([submission(tmp_path, num_tasks=3)])
     assert [state.state for state in job.tasks.values()] == ["COMPLETED", "FAILED", "ELSEWHERE"]
     assert job.unfinished == ["7_1"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"job_id": "7", "sta', '"\\ud800'])
+def test_a_foreign_or_torn_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """`jobs ls` shows the others; a second job is not started beside one that it may have been."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    submission(tmp_path / "good").write()
+    (tmp_path / "bad" / "jobs").mkdir(parents=True)
+    (tmp_path / "bad" / "jobs" / "8.json").write_text(text)
+    done = CliRunner().invoke(app, ["jobs", "ls", str(tmp_path), "--json"])
+    assert [row["run"] for row in json.loads(done.stdout)] == [str(tmp_path / "good")]
+    for call in (lambda: read_submissions(tmp_path / "bad"), lambda: refuse_if_busy(tmp_path / "bad")):
+        with pytest.raises(ClusterError, match=r"8.json: no record of a job, or a torn one"):
+            call()
+
+
+def test_a_record_of_what_is_refused_now_is_not_repeated(tmp_path: Path) -> None:
+    old = submission(tmp_path)
+    with pytest.raises(ClusterError, match="job 7 cannot be repeated as it was: time=0:00:10 is no longer than"):
+        again(replace(old, profile=old.profile | {"time": "0:00:10"}), 1)
 
 
 def test_a_job_whose_state_nobody_tells_has_not_ended(tmp_path: Path, says: Callable[..., None]) -> None:

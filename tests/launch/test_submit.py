@@ -20,8 +20,8 @@ from hpc_ddpm.config import load_config, presets_dir
 from hpc_ddpm.errors import ClusterError, ConfigError
 from hpc_ddpm.runlog import git_commit, read_metrics
 from launch.after_job import End, decide
-from launch.executor import Request, _visible_gpus, submit
-from launch.jobs import _export_local_ranks
+from launch.executor import Request, _submit_slurm, _visible_gpus, submit
+from launch.jobs import StageJob, _export_local_ranks
 from launch.pipeline import _requests
 from launch.profiles import Profile, list_profiles, load_profile
 from launch.snapshot import take_snapshot
@@ -298,6 +298,38 @@ def test_what_slurm_refuses_is_one_line(laptop: Cli, tiny_packed: Path, tmp_path
     )
     assert "account theirs" in done.stderr
     assert not list((tmp_path / "run").glob("jobs/*.pkl"))
+
+
+def test_a_refusal_names_what_was_asked_for(login: Callable[[str], Cli], tmp_path: Path) -> None:
+    """Not the profile's GPU partition, of a stage that takes cores."""
+    done = login("cpu")("submit", "pack", tmp_path, "--cluster", "example_dgx", "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    asked = "partition cpu, account my-project, nodes 1, GPUs per node none, cores per node 112, memory per node 1920G"
+    assert f"Invalid qos specification (asked for: {asked}, time 2-00:00:00, reservation my-course)" in done.stderr
+
+
+def test_a_job_does_not_inherit_the_allocation_that_it_is_submitted_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\n/usr/bin/env > {tmp_path}/env\necho Submitted batch job 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "7")
+    request = Request("report", ("report",), tmp_path / "run", load_profile("devcluster"))
+    _submit_slurm(request, tmp_path, StageJob(("report",), str(tmp_path), str(tmp_path)))
+    seen = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
+    assert {name for name in seen if name.startswith(("SLURM_", "SBATCH_"))} == {"SLURM_CONF", "SBATCH_ACCOUNT"}
+    assert os.environ["SLURM_JOB_ID"] == "7"
+
+
+@pytest.mark.parametrize("stage", ["pack", "sample"])
+def test_a_file_in_the_place_of_the_folder_is_one_line(laptop: Cli, tmp_path: Path, stage: str) -> None:
+    (tmp_path / "afile").touch()
+    words = [tmp_path, *(["--masks", tmp_path] if stage == "sample" else [])]
+    done = laptop("submit", stage, "--cluster", "devcluster", "--out", tmp_path / "afile", *words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "afile: cannot write here (Not a directory)" in done.stderr
 
 
 def test_a_job_runs_the_code_that_was_submitted(tmp_path: Path) -> None:
