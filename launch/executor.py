@@ -26,7 +26,7 @@ from launch.jobs import VISIBLE_GPUS, StageJob
 from launch.profiles import Profile
 from launch.records import FOLDER, GPU_STAGES, Submission, submitting
 from launch.snapshot import take_snapshot
-from launch.watch import live_job
+from launch.watch import JobState, cancel, live_job
 
 SRUN_ARGUMENTS = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"]
 OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
@@ -164,7 +164,11 @@ def _submit(request: Request) -> Submission:
         git_commit=git_commit(),
         gpus_per_rank=request.gpus_per_rank,
     )
-    submission.write()
+    try:
+        submission.write()
+    except OSError:  # a job without a record would be started a second time
+        cancel(JobState(submission, {}))
+        raise
     return submission
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from launch.executor import Request, _submit_slurm, _visible_gpus, submit
 from launch.jobs import StageJob, _export_local_ranks
 from launch.pipeline import _requests
 from launch.profiles import Profile, list_profiles, load_profile
+from launch.records import Submission
 from launch.snapshot import take_snapshot
 from launch.watch import live_job
 from tests.conftest import REPOSITORY, TINY, rank_environment
@@ -321,6 +323,21 @@ def test_a_job_does_not_inherit_the_allocation_that_it_is_submitted_from(
     seen = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
     assert {name for name in seen if name.startswith(("SLURM_", "SBATCH_"))} == {"SLURM_CONF", "SBATCH_ACCOUNT"}
     assert os.environ["SLURM_JOB_ID"] == "7"
+
+
+def test_a_job_that_cannot_be_recorded_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, line in {"sbatch": "echo Submitted batch job 1", "scancel": f"echo $1 > {tmp_path}/cancelled"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def is_full(submission: Submission) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(submission.folder / "1.json"))
+
+    monkeypatch.setattr(Submission, "write", is_full)
+    with pytest.raises(ClusterError, match=r"cannot write here \(No space left"):
+        submit(Request("report", ("report",), tmp_path / "run", load_profile("devcluster")))
+    assert (tmp_path / "cancelled").read_text() == "1\n"
 
 
 @pytest.mark.parametrize("stage", ["pack", "sample"])
