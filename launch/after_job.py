@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ STOPPED = {128 + 10: "SIGUSR1", 128 + 12: "SIGUSR2", 128 + 15: "SIGTERM"}
 """Preemption or the time limit; what could be saved was."""
 STACKS = "stacks-of-rank-*.txt"
 """What `hpc_ddpm.training.watchdog` leaves of a hang."""
+ENOUGH = 0.5
+"""Of the time limit: who stops in an orderly way after that with nothing to show will not get further next time."""
 MISTAKE = (1, 2)
 """A traceback, or a line for the user: the next start would end the same way."""
 
@@ -33,20 +36,23 @@ def main() -> None:
     parser.add_argument("code", type=int)
     parser.add_argument("--max-requeues", type=int, required=True)
     parser.add_argument("--max-crashes", type=int, required=True)
+    parser.add_argument("--limit-s", type=float, required=True)
     given = parser.parse_args()
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     mark = progress_mark(given.run_dir, given.stage)
-    ends = [event for event in read_events(given.run_dir, task_id()) if event["event"] == "end"]
+    events, now = read_events(given.run_dir, task_id()), time.time()
+    ends = [event for event in events if event["event"] == "end"]
     since = ends[-1]["time"] if ends else 0.0
+    began = max((event["time"] for event in events if event["event"] == "start"), default=now)
     ranks = [end["code"] for end in read_events(given.run_dir, task_id(), kind="ranks") if end["time"] > since]
-    end = End(given.code, mark, tuple(ranks), has_hung(given.run_dir, since))
+    end = End(given.code, mark, tuple(ranks), has_hung(given.run_dir, since), (now - began) / given.limit_s)
     comes_back, why = decide(end, ends, restarts, given.max_requeues, given.max_crashes)
     event = {
         "event": "end",
-        "time": time.time(),
+        "time": now,
         "code": given.code,
         "mark": mark,
-        "is_orderly": bool(end.agreed_signal),
+        "is_excused": end.is_excused,
     }
     add_event(given.run_dir, task_id(), event | {"requeued": comes_back, "why": why})
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} hpc-ddpm {given.stage}: {why}", flush=True)
@@ -64,6 +70,13 @@ class End:
     ranks: tuple[int, ...] = ()
     """Codes of the ranks that ended by themselves."""
     is_hang: bool = False
+    share: float = 0.0
+    """Of the time limit that it ran for."""
+
+    @property
+    def is_excused(self) -> bool:
+        """Preempted early, however often, a run may not have come to its next mark; in half its time it should have."""
+        return bool(self.agreed_signal) and self.share < ENOUGH
 
     @property
     def agreed_signal(self) -> str:
@@ -72,7 +85,9 @@ class End:
 
     @property
     def reason(self) -> str:
-        """Of an end that is not orderly."""
+        """In a few words."""
+        if self.agreed_signal:
+            return f"stopped by {self.agreed_signal}"
         if self.is_hang:
             return f"a rank hung, see {STACKS}"
         return "ended by a signal before it could save" if self.code in STOPPED else "a rank was lost"
@@ -88,7 +103,8 @@ def decide(
         ends: earlier ends of this job as recorded, oldest first.
         restarts: so far.
         max_requeues: restarts at most.
-        max_crashes: ends in a row at the same mark, none of them orderly, at most.
+        max_crashes: starts in a row without progress, none of them excused, at most: ends at the same mark, of which
+            the first counts unless it is orderly.
     """
     if end.code == 0:
         return False, "done"
@@ -97,17 +113,13 @@ def decide(
         return False, f"failed with exit code {max(mistakes)}; the log says why"
     if restarts >= max_requeues:
         return False, f"ended after {restarts} restarts, the most that the profile allows (max_requeues)"
-    if end.agreed_signal:
-        return True, f"stopped by {end.agreed_signal}, requeued after {restarts} restarts"
-    crashes = 1
-    for before in reversed(ends):
-        if before["is_orderly"] or before["mark"] != end.mark:
-            break
-        crashes += 1
-    found = f"exit code {end.code}, at {end.mark}"
+    found = end.reason if end.agreed_signal else f"{end.reason} (exit code {end.code}, at {end.mark})"
+    at_same_mark = takewhile(lambda one: one["mark"] == end.mark and not one["is_excused"], reversed(ends))
+    crashes = 0 if end.is_excused else len(list(at_same_mark)) + (not end.agreed_signal)
     if crashes >= max_crashes:
-        return False, f"{crashes} starts in a row without progress, the last: {end.reason} ({found}); not requeued"
-    return True, f"{end.reason} ({found}), requeued after {restarts} restarts"
+        hint = "; a start needs more time than its limit" if end.agreed_signal else ""
+        return False, f"{crashes} starts in a row without progress, the last: {found}; not requeued{hint}"
+    return True, f"{found}, requeued after {restarts} restarts"
 
 
 def has_hung(run_dir: Path, since: float) -> bool:

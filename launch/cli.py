@@ -97,16 +97,12 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train, or go on where the run directory stands."""
-    from launch.stages import train_stage
+    from launch.stages import train_stage, training_settings
 
-    settings = [*(overrides or []), *([f"data.path={data.resolve()}"] if data else [])]
-    if init_from:
-        settings.append(f"training.init_from={init_from.resolve()}")
-        stored = init_from / "config.json"
-        config = config or (str(stored) if stored.is_file() else None)
+    source, settings = training_settings(config, overrides, data, init_from)
     if profile:
         settings.append("training.profile_steps=[3,5]")
-    raise typer.Exit(train_stage(out, config, settings, show_progress=not quiet))
+    raise typer.Exit(train_stage(out, source, settings, show_progress=not quiet))
 
 
 @app.command(rich_help_panel="Tools")

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import shlex
 import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import submitit
+from pydantic import ValidationError
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.runlog import git_commit
-from launch.jobs import StageJob
+from launch.jobs import VISIBLE_GPUS, StageJob
 from launch.profiles import Profile
 from launch.records import FOLDER, GPU_STAGES, Submission, submitting
 from launch.snapshot import take_snapshot
-from launch.watch import live_job
+from launch.watch import JobState, cancel, live_job
 
 SRUN_ARGUMENTS = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"]
+OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
 
 
@@ -44,9 +48,11 @@ class Request:
     nodes: int = 1
     """Of the job, or of each task."""
     ranks_per_node: int = 1
-    """One per GPU."""
+    """One per GPU, or with `gpus_per_rank` of them."""
     dependency: str = ""
     """As `sbatch` takes it."""
+    gpus_per_rank: int = 1
+    """More where the stage starts ranks of its own."""
 
     @property
     def needs_gpus(self) -> bool:
@@ -63,30 +69,45 @@ class Request:
         return self.nodes * self.ranks_per_node
 
     @property
+    def gpus_per_node(self) -> int:
+        """Of a stage that needs any."""
+        return self.ranks_per_node * self.gpus_per_rank
+
+    @property
     def in_words(self) -> str:
         """Resources and the most that one start can use."""
         tasks, hours = max(1, self.num_tasks), self.profile.hours
         array = f"{tasks} tasks ({min(tasks, self.profile.array_parallelism)} at a time) × " if self.num_tasks else ""
         if not self.needs_gpus:
             return f"{array}{self.nodes} node{'s' * (self.nodes > 1)} without GPUs for at most {self.profile.time}"
-        gpus = tasks * self.world_size
+        gpus = tasks * self.nodes * self.gpus_per_node
         return (
-            f"{array}{self.nodes} node{'s' * (self.nodes > 1)} × {self.ranks_per_node} "
-            f"GPU{'s' * (self.ranks_per_node > 1)} for at most {self.profile.time} = {gpus * hours:g} GPU-hours; "
+            f"{array}{self.nodes} node{'s' * (self.nodes > 1)} × {self.gpus_per_node} "
+            f"GPU{'s' * (self.gpus_per_node > 1)} for at most {self.profile.time} = {gpus * hours:g} GPU-hours; "
             f"up to {self.profile.max_requeues} requeues of that size"
         )
 
 
 def again(submission: Submission, num_tasks: int) -> Request:
-    """The same words and resources, as so many array tasks."""
+    """The same words and resources, as so many array tasks.
+
+    Raises:
+        ClusterError: an older version submitted it with what is refused now.
+    """
+    try:
+        profile = Profile.model_validate(submission.profile)
+    except ValidationError as error:
+        why = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ClusterError(f"job {submission.job_id} cannot be repeated as it was: {why}; submit it anew") from None
     return Request(
         submission.stage,
         tuple(submission.arguments),
         Path(submission.run_dir),
-        Profile.model_validate(submission.profile),
+        profile,
         num_tasks if num_tasks > 1 else 0,
         submission.nodes,
         submission.ranks_per_node,
+        gpus_per_rank=submission.gpus_per_rank,
     )
 
 
@@ -94,7 +115,7 @@ def submit(request: Request) -> Submission:
     """Start it: as a SLURM job or array, or as ranks of this machine in the background.
 
     Raises:
-        ClusterError: a job of this run is queued or runs already, or SLURM is not here or refuses.
+        ClusterError: a job of this run is queued or runs already, or may do so; or SLURM is not here or refuses.
     """
     with submitting(request.run_dir):
         refuse_if_busy(request.run_dir)
@@ -105,7 +126,7 @@ def refuse_if_busy(run_dir: Path) -> None:
     """A run has one job at a time.
 
     Raises:
-        ClusterError: one is queued or runs.
+        ClusterError: one is queued or runs, or nobody here knows whether it does.
     """
     busy = live_job(run_dir)
     if busy is not None:
@@ -141,8 +162,13 @@ def _submit(request: Request) -> Submission:
         submitted=time.time(),
         host=socket.gethostname(),
         git_commit=git_commit(),
+        gpus_per_rank=request.gpus_per_rank,
     )
-    submission.write()
+    try:
+        submission.write()
+    except OSError:  # a job without a record would be started a second time
+        cancel(JobState(submission, {}))
+        raise
     return submission
 
 
@@ -168,7 +194,7 @@ def batch_script(request: Request) -> str:
 def _submit_slurm(request: Request, code: Path, job: StageJob) -> str:
     executor = _build(request, code)
     try:
-        with redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says
+        with _outside_of_jobs(), redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says
             if request.num_tasks > 1:
                 return str(executor.submit_array([job] * request.num_tasks)[0].job_id.partition("_")[0])
             return str(executor.submit(job).job_id)
@@ -178,20 +204,34 @@ def _submit_slurm(request: Request, code: Path, job: StageJob) -> str:
             "here with --cluster local"
         ) from None
     except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
-        raise ClusterError(_refusal(str(error), request.profile)) from None
+        raise ClusterError(_refusal(str(error), request)) from None
 
 
-def _refusal(text: str, profile: Profile) -> str:
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Without the variables of an allocation that this runs in: sbatch hands them on, and srun would obey them."""
+    inherited = {key: os.environ[key] for key in os.environ if key.startswith("SLURM_") and key not in OF_THE_CLUSTER}
+    for key in inherited:
+        del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ.update(inherited)
+
+
+def _refusal(text: str, request: Request) -> str:
     """SLURM's own words, and what was asked for."""
     lines = [line.split("error: ", 1)[1] for line in text.splitlines() if line.startswith("sbatch: error: ")]
     said = lines[-1].removeprefix("Batch job submission failed: ") if lines else " ".join(text.split())
-    facts = {
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "nodes": profile.nodes,
-        "GPUs per node": f"{profile.gpu_type} {profile.gpus_per_node}".strip(),
-        "time": profile.time,
+    wanted = _resources(request)
+    facts = {name: wanted.get(name) for name in ("partition", "account", "qos", "constraint", "nodes")}
+    facts |= {
+        "GPUs per node": wanted.get("gpus_per_node", "none"),
+        "cores per node": wanted["ntasks_per_node"] * wanted["cpus_per_task"],
+        "memory per node": wanted.get("mem"),
+        "time": wanted["time"],
+        "array": request.num_tasks and f"of {request.num_tasks}",
+        **request.profile.sbatch,
     }
     asked = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
     return f"SLURM refuses the job: {said} (asked for: {asked}); `sinfo -o '%P %D %G %l'` lists what there is"
@@ -217,7 +257,7 @@ def _resources(request: Request) -> dict[str, Any]:
     """Of one job or array task, in submitit's names; what is empty in the profile is not asked for."""
     profile, gpus = request.profile, request.needs_gpus
     partition = profile.partition if gpus else profile.cpu_partition or profile.partition
-    share = 1 if gpus else profile.gpus_per_node
+    share = request.gpus_per_rank if gpus else profile.gpus_per_node
     wanted: dict[str, Any] = {
         "job_name": f"hpc-ddpm-{request.stage}-{request.run_dir.resolve().name}",
         "partition": partition,
@@ -237,7 +277,7 @@ def _resources(request: Request) -> dict[str, Any]:
         "additional_parameters": {"requeue": True, "kill_on_invalid_dep": "yes", **profile.sbatch},
     }
     if gpus:
-        wanted["gpus_per_node"] = f"{profile.gpu_type}:{request.ranks_per_node}".lstrip(":")
+        wanted["gpus_per_node"] = f"{profile.gpu_type}:{request.gpus_per_node}".lstrip(":")
     return wanted
 
 
@@ -257,7 +297,7 @@ def _setup(profile: Profile, code: Path) -> list[str]:
 def _teardown(request: Request, python: str) -> list[str]:
     """A job that ends by itself within the grace time of a preemption counts as failed: it must requeue itself."""
     profile = request.profile
-    limits = f"--max-requeues {profile.max_requeues} --max-crashes {profile.max_crashes}"
+    limits = f"--max-requeues {profile.max_requeues} --max-crashes {profile.max_crashes} --limit-s {profile.limit_s}"
     words = f"{shlex.quote(str(request.run_dir.resolve()))} {request.stage} $code {limits}"
     return [
         "code=$?",
@@ -270,7 +310,7 @@ def _teardown(request: Request, python: str) -> list[str]:
 
 
 def _submit_local(request: Request, folder: Path, code: Path, job: StageJob) -> str:
-    """Ranks in the background that outlive this process; MASTER_PORT is a free one."""
+    """Ranks in the background that outlive this process and its terminal; MASTER_PORT is a free one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -278,17 +318,46 @@ def _submit_local(request: Request, folder: Path, code: Path, job: StageJob) -> 
         **request.profile.environment,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
         "MASTER_PORT": port,
+        **_visible_gpus(request),
     }
     executor = submitit.LocalExecutor(folder, python=f"{shlex.quote(sys.executable)} -P")
     executor.update_parameters(
-        timeout_min=request.profile.hours * 60,
+        timeout_min=request.profile.limit_s / 60,
         signal_delay_s=request.profile.signal_delay_s,
         tasks_per_node=request.ranks_per_node,
-        gpus_per_node=request.ranks_per_node if request.needs_gpus else 0,
+        gpus_per_node=request.gpus_per_node if request.needs_gpus else 0,
         stderr_to_stdout=True,
     )
-    with submitit.helpers.environment_variables(**environment), _output_to(folder / "local.log"):
-        return str(executor.submit(job).job_id)
+    with (
+        submitit.helpers.environment_variables(**environment),
+        _output_to(folder / "local.log"),
+        ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=os.setsid) as session,
+    ):
+        return session.submit(_start, executor, job).result()
+
+
+def _start(executor: submitit.LocalExecutor, job: StageJob) -> str:
+    """In a session of its own, which neither Ctrl-C nor the end of the terminal reaches."""
+    return str(executor.submit(job).job_id)
+
+
+def _visible_gpus(request: Request) -> dict[str, str]:
+    """Those that the profile or this process's environment names, the first of them; submitit would count from 0.
+
+    Raises:
+        ClusterError: there are fewer than ranks.
+    """
+    environment = {**os.environ, **request.profile.environment}
+    if "CUDA_VISIBLE_DEVICES" not in environment or not request.needs_gpus:
+        return {}
+    given, wanted = str(environment["CUDA_VISIBLE_DEVICES"]), request.gpus_per_node
+    names = given.split(",")
+    if len(names) < wanted and given not in ("", "-1") and environment.get("HPC_DDPM_DEVICE") != "cpu":
+        raise ClusterError(
+            f"{wanted} GPUs are asked for, but CUDA_VISIBLE_DEVICES={given} names {len(names)}; name more, or ask for "
+            "fewer (--gpus-per-node)"
+        )
+    return {VISIBLE_GPUS: ",".join(names[:wanted])}
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from pathlib import Path
 from hpc_ddpm.distributed import Ranks, detect_ranks
 from launch.records import add_event
 
+VISIBLE_GPUS = "HPC_DDPM_VISIBLE_GPUS"
+"""CUDA_VISIBLE_DEVICES as it was at submission, which submitit's local executor overwrites."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 
 
@@ -77,6 +79,8 @@ def _export_local_ranks() -> None:
         env["RANK"] = env["LOCAL_RANK"] = env["SUBMITIT_LOCAL_GLOBALID"]
         env["WORLD_SIZE"] = env["LOCAL_WORLD_SIZE"] = env["SUBMITIT_LOCAL_NTASKS"]
         env["MASTER_ADDR"] = "127.0.0.1"
+        if VISIBLE_GPUS in env:
+            env["CUDA_VISIBLE_DEVICES"] = env[VISIBLE_GPUS]
 
 
 def _start(ranks: Ranks) -> dict[str, object]:

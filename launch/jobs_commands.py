@@ -35,8 +35,9 @@ def ls(
     from launch.records import find_runs, read_submissions
     from launch.watch import look
 
-    jobs = look(read_submissions(run)[-1] for run in find_runs(folders or [Path("runs")]))
-    rows = [describe(job) for job in jobs]
+    runs = find_runs(folders or [Path("runs")])
+    newest = [found[-1] for run in runs if (found := read_submissions(run, skip_foreign=True))]
+    rows = [describe(job) for job in look(newest)]
     print_json(rows) if as_json else print_jobs(rows)
 
 
@@ -65,7 +66,7 @@ def logs(
     if not follow and not any(path.exists() for path in paths):
         raise ClusterError(f"{run}: rank {rank} of job {job.submission.job_id} ({job.in_words}) has written nothing")
     places = dict.fromkeys(paths, 0)
-    for is_over in _until_over(run) if follow else [True]:
+    for is_over in map(bool, _until_over(run)) if follow else [True]:
         for path in paths:
             if path.exists():
                 with path.open(encoding="utf-8", errors="replace") as file:
@@ -82,6 +83,7 @@ def cancel(run: Run) -> None:
     from launch.watch import cancel as end
 
     job = _newest(run)
+    job.check_is_seen()
     if not job.live:
         raise ClusterError(f"{run}: job {job.submission.job_id} has ended already ({job.in_words}); nothing to cancel")
     end(job)
@@ -91,12 +93,9 @@ def cancel(run: Run) -> None:
 @jobs_app.command()
 def wait(run: Run) -> None:
     """Wait for the end of the run's job. Exit code 2 unless all of it ended well."""
-    for is_over in _until_over(run):
-        if is_over:
-            break
-    job = _newest(run)
-    typer.echo(f"job {job.submission.job_id}: {job.in_words}")
-    raise typer.Exit(2 if job.unfinished else 0)
+    for job in filter(None, _until_over(run)):
+        typer.echo(f"job {job.submission.job_id}: {job.in_words}")
+        raise typer.Exit(2 if job.unfinished else 0)
 
 
 @jobs_app.command()
@@ -107,6 +106,7 @@ def retry(run: Run) -> None:
     job = _newest(run)
     if job.live:
         raise ClusterError(f"{run}: job {job.submission.job_id} is not over ({job.in_words}); wait for it or cancel it")
+    job.check_is_seen()
     if not job.unfinished:
         raise ClusterError(f"{run}: all of job {job.submission.job_id} ended well; nothing to retry")
     request = again(job.submission, len(job.unfinished))
@@ -124,13 +124,20 @@ def _newest(run: Path) -> JobState:
     return look(submissions[-1:])[0]
 
 
-def _until_over(run: Path) -> Iterator[bool]:
-    """Whether the newest job is over, again and again, asking SLURM ever less often; ends with True."""
-    wait_s, asked, over = FIRST_WAIT_S, 0.0, False
-    while not over:
+def _until_over(run: Path) -> Iterator[JobState | None]:
+    """None again and again, asking SLURM ever less often, and the newest job once it is over.
+
+    Once SLURM has answered, it may fail to for as long as it likes.
+    """
+    job, wait_s, asked = _newest(run), FIRST_WAIT_S, time.monotonic()
+    job.check_is_seen()
+    while job.live:
+        yield None
+        time.sleep(0.1)
         if time.monotonic() - asked >= wait_s:
-            over, asked = not _newest(run).live, time.monotonic()
-            wait_s = min(1.5 * wait_s, LONGEST_WAIT_S)
-        else:
-            time.sleep(0.1)
-        yield over
+            try:
+                job = _newest(run)
+            except ClusterError as error:
+                typer.echo(f"note: {error}; asking again", err=True)
+            wait_s, asked = min(1.5 * wait_s, LONGEST_WAIT_S), time.monotonic()
+    yield job

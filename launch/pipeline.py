@@ -5,20 +5,23 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from hpc_ddpm.config import load_config
-from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.errors import ClusterError, ConfigError
+from launch import slurm
 from launch.executor import Request, batch_script, refuse_if_busy, submit
 from launch.jobs import run_command
 from launch.jobs_tables import spent_in_words
 from launch.ledger import time_ledger
 from launch.profiles import Profile
 from launch.progress import progress_bar
-from launch.records import read_submissions
+from launch.records import Submission, read_submissions
+from launch.submit_checks import check_packing
 
 STAGES = ("packed", "run", "synthetic")
 
@@ -33,8 +36,8 @@ def submit_pipeline(given: dict[str, Any], profile: Profile, sampling: tuple[int
         dry_run: only show.
 
     Raises:
-        ConfigError: wrong settings, an executor without dependencies, or nothing to draw the report with.
-        ClusterError: SLURM refuses, or the same pipeline is queued or runs.
+        ConfigError: wrong settings, no source, an executor without dependencies, or nothing to draw the report with.
+        ClusterError: SLURM refuses a stage, and none is left in the queue; or the same pipeline is queued or runs.
     """
     if profile.executor == "local":
         raise ConfigError(
@@ -42,33 +45,51 @@ def submit_pipeline(given: dict[str, Any], profile: Profile, sampling: tuple[int
         )
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("a pipeline ends with a report, which needs matplotlib: pip install 'hpc_ddpm[demo]'")
-    config = load_config(given["config"], given["overrides"] or []).config
+    config = check_packing(given)
     config.training.accumulation(profile.nodes * profile.gpus_per_node)
     requests = _requests(given, profile, sampling)
     if not dry_run:
         for request in requests:
             refuse_if_busy(request.run_dir)
-    after = ""
-    for request in requests:
-        if dry_run:
+    if dry_run:
+        for request in requests:
             typer.echo(f"{batch_script(request)}\nrequest: {request.stage}: {request.in_words}\n")
-        elif profile.executor == "debug":
-            code = run_command(request.arguments)
-            if code:
+    elif profile.executor == "debug":
+        for request in requests:
+            if code := run_command(request.arguments):
                 raise typer.Exit(code)
-        else:
+    else:
+        _submit_all(requests)
+        typer.echo(f"watch:  hpc-ddpm jobs ls {given['out']}")
+
+
+def _submit_all(requests: Sequence[Request]) -> None:
+    """Each after the one before it, or none of them."""
+    after = ""
+    with ExitStack() as undo:
+        for request in requests:
             submission = submit(request.after(after))
+            undo.callback(_take_back, submission)
             typer.echo(f"submitted job {submission.job_id}: {request.stage}: {request.in_words}")
             after = submission.job_id
-    if after:
-        typer.echo(f"watch:  hpc-ddpm jobs ls {given['out']}")
+        undo.pop_all()
+
+
+def _take_back(submission: Submission) -> None:
+    try:
+        slurm.ask("scancel", submission.job_id)
+        typer.echo(f"cancelled job {submission.job_id}: {submission.stage}", err=True)
+    except ClusterError as error:
+        typer.echo(f"job {submission.job_id}, {submission.stage}, is still queued: {error}", err=True)
 
 
 def _requests(given: dict[str, Any], profile: Profile, sampling: tuple[int, int, int]) -> list[Request]:
     out: Path = given["out"]
     packed, run, synthetic = (str(out / name) for name in STAGES)
     settings = [*(["--config", given["config"]] if given["config"] else []), *(given["overrides"] or []), "--quiet"]
-    pack = ("pack", str(given["source"]), "--out", packed, *settings)
+    options = [*(["--workers", str(given["workers"])] if given["workers"] else [])]
+    options += [f"--{name.replace('_', '-')}" for name in ("skip_bad", "overwrite") if given[name]]
+    pack = ("pack", str(given["source"]), "--out", packed, *options, *settings)
     train = ("train", "--out", run, "--data", packed, *settings)
     sample = ("sample", "run", run, "--out", synthetic, "--quiet")
     return [

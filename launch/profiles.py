@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from hpc_ddpm.config import Section, did_you_mean, presets_dir, read_yaml
@@ -17,10 +18,11 @@ TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 
 
 def _check_time(value: Any) -> Any:
-    if isinstance(value, int):  # YAML 1.1 reads 8:00:00 as a number of base 60
-        return f"{value // 3600}:{value // 60 % 60:02}:{value % 60:02}"
-    if isinstance(value, str) and not TIME.fullmatch(value):
-        raise ValueError(f"'{value}' is no time; expected HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
+    if not TIME.fullmatch(str(value)):
+        raise ValueError(
+            f"'{value}' is no time; expected HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, "
+            "such as 24:00:00 or 1-00:00:00"
+        )
     return value
 
 
@@ -51,7 +53,7 @@ class Profile(Section):
     max_requeues: int = Field(default=100, ge=0)
     """Restarts of a job, for whatever reason, before it ends as failed."""
     max_crashes: int = Field(default=3, ge=1)
-    """Starts in a row without progress, orderly stops aside, before a job ends as failed."""
+    """Starts in a row without progress before a job ends as failed, orderly stops in the first half of `time` aside."""
     modules: tuple[str, ...] = ()
     """`module load` before everything else."""
     setup: tuple[str, ...] = ()
@@ -71,6 +73,11 @@ class Profile(Section):
     def _check(self) -> Profile:
         if self.executor != "slurm" and self.nodes != 1:
             raise ValueError(f"executor {self.executor} has one node, found nodes={self.nodes}")
+        if self.limit_s <= self.signal_delay_s:
+            raise ValueError(
+                f"time={self.time} is no longer than the warning before its end, signal_delay_s={self.signal_delay_s}: "
+                "every start would end at once; give more time, or a shorter signal_delay_s in the profile"
+            )
         return self
 
     def memory(self, gpus: int) -> str:
@@ -79,12 +86,17 @@ class Profile(Section):
         return f"{int(amount) * gpus}{unit}" if amount else ""
 
     @property
-    def hours(self) -> float:
+    def limit_s(self) -> int:
         """The time limit."""
         match = TIME.fullmatch(self.time)
         assert match is not None
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-        return 24 * days + hours + minutes / 60 + seconds / 3600
+        return 86400 * days + 3600 * hours + 60 * minutes + seconds
+
+    @property
+    def hours(self) -> float:
+        """The time limit."""
+        return self.limit_s / 3600
 
 
 def list_profiles() -> dict[str, Path]:
@@ -106,6 +118,8 @@ def load_profile(source: str, changes: dict[str, Any] | None = None) -> Profile:
         if key not in known:
             near = did_you_mean(key, known) or f"; a profile has: {', '.join(known)}"
             raise ConfigError(f"{path}:{lines[key]}: unknown setting '{key}'{near}")
+    if "time" in values:
+        values["time"] = _as_written(path, "time")
     given = {key: value for key, value in (changes or {}).items() if value is not None}
     try:
         return Profile.model_validate(values | given)
@@ -116,6 +130,12 @@ def load_profile(source: str, changes: dict[str, Any] | None = None) -> Profile:
         message = problem["msg"].removeprefix("Value error, ")
         found = f"{key}={problem['input']!r}: " if problem["type"] != "value_error" else ""
         raise ConfigError(f"{place}: {found}{message[0].lower()}{message[1:]}") from None
+
+
+def _as_written(path: Path, key: str) -> str:
+    """A value's own text: YAML 1.1 reads 8:00:00 as a number of base 60."""
+    node: Any = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    return str(next(value.value for name, value in node.value if name.value == key))
 
 
 def _find(source: str) -> Path:

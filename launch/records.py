@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_ddpm.errors import ClusterError
-from hpc_ddpm.files import write_json
+from hpc_ddpm.files import write_json, writing_to
 
 FOLDER = "jobs"
 GPU_STAGES = ("train", "sample", "bench")
@@ -46,6 +46,7 @@ class Submission:
     """Seconds since the epoch."""
     host: str
     git_commit: str | None
+    gpus_per_rank: int = 1
 
     @property
     def task_ids(self) -> list[str]:
@@ -70,12 +71,22 @@ class Submission:
         write_json(self.folder / f"{self.job_id}.json", asdict(self), indent=2)
 
 
-def read_submissions(run_dir: Path) -> list[Submission]:
-    """Of one run, oldest first; paths follow a run directory that was moved."""
+def read_submissions(run_dir: Path, *, skip_foreign: bool = False) -> list[Submission]:
+    """Of one run, oldest first; paths follow a run directory that was moved.
+
+    Raises:
+        ClusterError: a file there is no record of a job; or it is left out.
+    """
     found = []
     for path in (run_dir / FOLDER).glob("*.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found.append(Submission(**(record | {"run_dir": str(run_dir.resolve())})))
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found.append(Submission(**(record | {"run_dir": str(run_dir.resolve())})))
+        except (ValueError, TypeError):
+            if not skip_foreign:
+                raise ClusterError(
+                    f"{path}: no record of a job, or a torn one; remove it once no job of {run_dir} is queued or runs"
+                ) from None
     return sorted(found, key=lambda submission: submission.submitted)
 
 
@@ -113,13 +124,14 @@ def submitting(run_dir: Path) -> Iterator[None]:
     """Only one process at a time submits for a run.
 
     Raises:
-        ClusterError: another one does.
+        ClusterError: another one does, or the system refuses to write there.
     """
     folder = run_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ClusterError(f"{run_dir}: another `hpc-ddpm submit` is at work on it; wait a moment") from None
-        yield
+    with writing_to(run_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ClusterError(f"{run_dir}: another `hpc-ddpm submit` is at work on it; wait a moment") from None
+            yield

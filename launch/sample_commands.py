@@ -58,7 +58,7 @@ def run(
     """Generate what is planned, and these masks too. Any number of workers may join; finished volumes are skipped."""
     from launch.sample_stages import run_stage
 
-    settings = _settings(overrides, replicas, reject_below, max_tries)
+    settings = as_settings(overrides, replicas, reject_below, max_tries)
     raise typer.Exit(run_stage(source, out, masks, split, covariates or [], settings, show_progress=not quiet))
 
 
@@ -76,7 +76,7 @@ def plan(
     """Write down what is to be generated, or add to it: one line per volume, its seed and mask."""
     from launch.sample_stages import plan_stage
 
-    settings = _settings(overrides, replicas, reject_below, None)
+    settings = as_settings(overrides, replicas, reject_below, None)
     plan_stage(source, out, masks, split, covariates or [], settings)
 
 
@@ -142,7 +142,7 @@ def retry(
     """Make the failed volumes again, and only those; by any number of workers."""
     from launch.sample_stages import retry_stage
 
-    settings = _settings(overrides, None, None, max_tries)
+    settings = as_settings(overrides, None, None, max_tries)
     raise typer.Exit(retry_stage(out, weights, settings, show_progress=not quiet))
 
 
@@ -173,7 +173,7 @@ def anonymize(
     """Keep real subjects' masks, draw new appearances, and report how close these are to the training set."""
     from launch.sample_stages import anonymize_stage
 
-    changes = _settings([*(settings or []), *([f"data.path={data.resolve()}"] if data else [])], replicas, None, None)
+    changes = as_settings([*(settings or []), *([f"data.path={data.resolve()}"] if data else [])], replicas, None, None)
     raise typer.Exit(anonymize_stage(source, subjects, out, changes, show_progress=not quiet))
 
 
@@ -197,7 +197,7 @@ def compare(
     compare_stage(source, out, masks, split, max_masks, cells, overrides or [], show_progress=not quiet)
 
 
-def _settings(
+def as_settings(
     overrides: list[str] | None, replicas: int | None, reject_below: float | None, max_tries: int | None
 ) -> list[str]:
     """Options as settings; they win."""

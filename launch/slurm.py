@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 from hpc_ddpm.errors import ClusterError
 
-LIVE = {"PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "STOPPED", "SUSPENDED", "COMPLETING", "REQUEUED", "RESIZING"}
+ENDED = {
+    *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED", "RECONFIG_FAIL", "REVOKED", "UNKNOWN"),
+}
+"""Every other state may still become running: also held ones, and those that SLURM may yet invent."""
+ELSEWHERE = "ELSEWHERE"
+"""Only another machine can tell: ranks that were started there, or a job of a cluster that is not here."""
 TIMEOUT_S = 60
 _QUEUE_FIELDS = "%i|%T|%M|%R|%N"
 _ACCOUNT_FIELDS = "JobID,State,Elapsed,NodeList"
@@ -24,12 +30,12 @@ class TaskState:
     elapsed: str = ""
     nodes: str = ""
     reason: str = ""
-    """Of a pending one."""
+    """Why one that is queued or held does not run."""
 
     @property
     def is_live(self) -> bool:
-        """Whether it is queued or runs."""
-        return self.state in LIVE
+        """Whether it is queued, held or runs."""
+        return self.state not in {*ENDED, ELSEWHERE}
 
 
 def is_here() -> bool:
@@ -65,25 +71,35 @@ def max_array_tasks() -> int | None:
 
 
 def query(task_ids: Iterable[str]) -> dict[str, TaskState]:
-    """States of jobs and array tasks by id, of those that SLURM still knows; empty where there is no SLURM."""
+    """States of jobs and array tasks by id, of those that SLURM still knows; empty where there is no SLURM.
+
+    Raises:
+        ClusterError: squeue does not answer, and sacct does not know all of them either.
+    """
     wanted = set(task_ids)
     if not wanted or not is_here():
         return {}
-    found = _squeue(wanted)
-    missing = wanted - set(found)
-    return found | (_sacct(missing) if missing else {})
+    found: dict[str, TaskState] = {}
+    silence = None
+    try:
+        found = _squeue(wanted)
+    except ClusterError as error:
+        silence = error
+    if missing := wanted - set(found):
+        found |= _sacct(missing)
+    if silence and wanted - set(found):
+        raise silence
+    return found
 
 
 def _squeue(wanted: set[str]) -> dict[str, TaskState]:
-    try:
-        text = ask("squeue", "--me", "--array", "--states=all", "--noheader", f"--format={_QUEUE_FIELDS}")
-    except ClusterError:
-        return {}
+    text = ask("squeue", "--me", "--array", "--states=all", "--noheader", f"--format={_QUEUE_FIELDS}")
     found = {}
     for line in text.splitlines():
         task, state, elapsed, reason, nodes = line.split("|", 4)
         if task in wanted:
-            found[task] = TaskState(state, elapsed, nodes, reason.strip("()") if state == "PENDING" else "")
+            why = reason.strip("()") if reason.startswith("(") and state not in ENDED else ""
+            found[task] = TaskState(state, elapsed, nodes, why)
     return found
 
 

@@ -14,7 +14,7 @@ from hpc_ddpm.distributed import TIMEOUT_S, Ranks, StopFlag, detect_ranks, proce
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import write_json, writing_to
 from hpc_ddpm.runlog import provenance
-from hpc_ddpm.training.resume import check_resume, stored_config
+from hpc_ddpm.training.resume import CONFIG_FILE, check_resume, stored_config
 from launch.progress import progress_bar, training_note
 
 if TYPE_CHECKING:
@@ -133,6 +133,18 @@ def _outcome(step: int, total: int, resumed_from: int, stopped_by: int, run_dir:
             f"stopped by {name} at step {step} of {total}{since}; checkpoint saved, the same command goes on: {run_dir}"
         )
     return f"trained to step {step}{since}: {run_dir}"
+
+
+def training_settings(
+    config: str | None, overrides: Sequence[str] | None, data: Path | None, init_from: Path | None
+) -> tuple[str | None, list[str]]:
+    """Configuration and settings that the options of `train` stand for; without --config, those of the run --from."""
+    settings = [*(overrides or []), *([f"data.path={data.resolve()}"] if data else [])]
+    if init_from:
+        settings.append(f"training.init_from={init_from.resolve()}")
+        stored = init_from / CONFIG_FILE
+        config = config or (str(stored) if stored.is_file() else None)
+    return config, settings
 
 
 def resume_config(run_dir: Path, source: str | None, overrides: Sequence[str]) -> Config:

@@ -11,6 +11,7 @@ import typer
 
 from hpc_ddpm.errors import ConfigError
 from launch.profiles import Profile, load_profile
+from launch.submit_checks import check_benchmark, check_packing, check_sampling, check_training
 
 if TYPE_CHECKING:
     from launch.executor import Request
@@ -20,6 +21,10 @@ REST = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 NO_JOBS = ("compare", "report", "scaling")
 """Of `hpc-ddpm bench`: two that only read, and one that submits itself with --cluster."""
+
+
+ON_ALL_RANKS = ("train", "sample", "comm")
+"""Of the others each is one process, which starts ranks on its node if it needs them."""
 
 
 class Stage(StrEnum):
@@ -63,7 +68,7 @@ def submit(
         submit_pipeline(_parse("pack", context.args), profile, _shape("sample", profile, tasks), dry_run=dry_run)
         return
     if stage is Stage.BENCH:
-        submit_bench(context.args, profile, dry_run=dry_run)
+        submit_bench(context.args, profile, nodes, gpus_per_node, dry_run=dry_run)
         return
     submit_stage(stage.value, context.args, profile, tasks, dry_run=dry_run)
 
@@ -76,14 +81,20 @@ def submit_stage(stage: str, words: list[str], profile: Profile, tasks: int | No
     command = (*(("sample", "run") if stage == "sample" else (stage,)), *words, "--quiet")
     request = Request(stage, command, given["out"], profile, *_shape(stage, profile, tasks))
     peak_gib = None
-    if stage == "train":
-        peak_gib = _check_training(given, request.world_size, with_memory=dry_run)
+    if stage == "pack":
+        check_packing(given)
+    elif stage == "sample":
+        check_sampling(given)
+    else:
+        peak_gib = check_training(given, request.world_size, with_memory=dry_run)
         request = _after_packing(request, given["data"])
     _show_or_start(request, peak_gib, dry_run=dry_run)
 
 
-def submit_bench(words: list[str], profile: Profile, *, dry_run: bool) -> None:
-    """`bench NAME ...` as one job: on all ranks if they share a working folder, else on one; results go to --out."""
+def submit_bench(
+    words: list[str], profile: Profile, nodes: int | None, gpus_per_node: int | None, *, dry_run: bool
+) -> None:
+    """`bench NAME ...` as one job; results go to --out. `nodes` and `gpus_per_node` are what was asked for."""
     from launch.executor import Request
 
     name, *rest = words or [""]
@@ -97,11 +108,30 @@ def submit_bench(words: list[str], profile: Profile, *, dry_run: bool) -> None:
         results = ["--out", f"{out / name}.md", "--json", f"{out / name}.json"]
     else:
         results = ["--out", f"{out / name}.yaml" if name == "tune" else str(out / name)]
-    is_shared = "work" in given
-    work = ["--work", str(out)] if is_shared and given["work"] is None else []
-    shape = (profile.nodes, profile.gpus_per_node) if is_shared else (1, 1)
+    work = ["--work", str(out)] if "work" in given and given["work"] is None else []
     command = ("bench", name, *rest, *results, *work)
-    _show_or_start(Request("bench", command, out, profile, 0, *shape), None, dry_run=dry_run)
+    if name in ON_ALL_RANKS:
+        request = Request("bench", command, out, profile, 0, profile.nodes, profile.gpus_per_node)
+        if name == "comm" and request.world_size == 1 and profile.executor != "debug":
+            raise ConfigError("bench comm needs two ranks or more: give --nodes or --gpus-per-node")
+    else:
+        gpus = profile.gpus_per_node if name == "all" else given.get("ranks", 1)
+        _refuse_shape(name, gpus, profile, nodes, gpus_per_node)
+        request = Request("bench", command, out, profile, gpus_per_rank=gpus)
+    check_benchmark(name, given, request.world_size)
+    _show_or_start(request, None, dry_run=dry_run)
+
+
+def _refuse_shape(name: str, gpus: int, profile: Profile, nodes: int | None, gpus_per_node: int | None) -> None:
+    """A benchmark that starts its ranks itself does so on one node."""
+    has_ranks = name in ("tune", "ab")
+    if nodes is not None and nodes > 1:
+        raise ConfigError(f"--nodes {nodes}: bench {name} runs on one node; bench train, sample and comm run on more")
+    if gpus_per_node not in (None, gpus):
+        advice = f"give --ranks {gpus_per_node} instead" if has_ranks else "leave it out"
+        raise ConfigError(f"--gpus-per-node {gpus_per_node}: bench {name} uses {gpus} here; {advice}")
+    if has_ranks and profile.executor == "slurm" and gpus > profile.gpus_per_node:
+        raise ConfigError(f"--ranks {gpus}: bench {name} runs on one node, which has {profile.gpus_per_node} GPUs")
 
 
 def _after_packing(request: Request, data: Path | None) -> Request:
@@ -193,20 +223,3 @@ def _array(workers: int, most_per_task: int) -> tuple[int, int, int]:
         err=True,
     )
     return num_tasks, 1, ranks
-
-
-def _check_training(given: dict[str, Any], world_size: int, *, with_memory: bool) -> float | None:
-    """What would fail in the job fails here; the estimated peak in GiB where it is asked for."""
-    from launch.stages import resume_config
-
-    data = [f"data.path={given['data'].resolve()}"] if given["data"] else []
-    config = resume_config(given["out"], given["config"], [*(given["overrides"] or []), *data])
-    config.training.accumulation(world_size)
-    if not config.data.path or not Path(config.data.path).is_dir():
-        found = f"{config.data.path} is no folder" if config.data.path else "no data"
-        raise ConfigError(f"{found}: give --data PACKED, a folder made by `hpc-ddpm pack`")
-    if not with_memory:
-        return None
-    from launch.estimate import peak_gib
-
-    return peak_gib(config, world_size)

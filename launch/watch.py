@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc_ddpm.errors import ClusterError
 from launch import slurm
 from launch.records import Submission, read_submissions
-from launch.slurm import TaskState
+from launch.slurm import ELSEWHERE, TaskState
 
 DONE = "COMPLETED"
 
@@ -30,13 +31,27 @@ class JobState:
 
     @property
     def live(self) -> list[str]:
-        """Ids of queued and running tasks."""
+        """Ids of queued, held and running tasks."""
         return [task for task, state in self.tasks.items() if state.is_live]
 
     @property
     def unfinished(self) -> list[str]:
         """Ids of tasks that ended in another way than well."""
-        return [task for task, state in self.tasks.items() if not state.is_live and state.state != DONE]
+        over = {task: state.state for task, state in self.tasks.items() if not state.is_live}
+        return [task for task, state in over.items() if state not in (DONE, ELSEWHERE)]
+
+    def check_is_seen(self) -> None:
+        """Refuse to judge what only another machine can see.
+
+        Raises:
+            ClusterError: the job was started there, and has not recorded its end.
+        """
+        if any(state.state == ELSEWHERE for state in self.tasks.values()):
+            job, host = self.submission.job_id, self.submission.host
+            raise ClusterError(
+                f"{self.submission.run_dir}: job {job} was started on {host} and may still run; wait for it, end it or "
+                f"start it again there (if it cannot run any more, remove {self.submission.folder / f'{job}.json'})"
+            )
 
     @property
     def in_words(self) -> str:
@@ -54,7 +69,11 @@ class JobState:
 
 
 def look(submissions: Iterable[Submission]) -> list[JobState]:
-    """The state of every task, with one question to SLURM for all."""
+    """The state of every task, with one question to SLURM for all.
+
+    Raises:
+        ClusterError: SLURM does not answer.
+    """
     submissions = list(submissions)
     batch = [submission for submission in submissions if submission.profile["executor"] == "slurm"]
     known = slurm.query(task for submission in batch for task in submission.task_ids)
@@ -68,10 +87,15 @@ def _states(submission: Submission, known: dict[str, TaskState]) -> dict[str, Ta
 
 
 def live_job(run_dir: Path) -> str | None:
-    """The id of a job of this run that is queued or runs."""
+    """The id of a job of this run that is queued or runs.
+
+    Raises:
+        ClusterError: nobody here knows, because SLURM does not answer or another machine started it.
+    """
     for job in reversed(look(read_submissions(run_dir))):
         if job.live:
             return job.submission.job_id
+        job.check_is_seen()
     return None
 
 
@@ -81,6 +105,9 @@ def _from_records(submission: Submission, task: str, forgotten: str) -> TaskStat
     if is_local and _is_controller_alive(submission):
         return TaskState("RUNNING", format_duration(time.time() - submission.submitted), submission.host)
     events = submission.events(task)
+    is_over = bool(events) and events[-1]["event"] == "end" and not events[-1].get("requeued")
+    if not is_over and not _is_seen_from_here(submission):
+        return TaskState(ELSEWHERE, nodes=submission.host)
     if not events:
         return TaskState("FAILED" if is_local else forgotten)
     last, nodes = events[-1], next((event["nodes"] for event in events if "nodes" in event), "")
@@ -90,6 +117,12 @@ def _from_records(submission: Submission, task: str, forgotten: str) -> TaskStat
     if last["code"] in (128 + signal.SIGTERM, 128 + signal.SIGINT) and is_local:
         return TaskState("CANCELLED", elapsed, nodes)
     return TaskState(DONE if last["code"] == 0 else "FAILED", elapsed, nodes)
+
+
+def _is_seen_from_here(submission: Submission) -> bool:
+    if submission.profile["executor"] == "slurm":
+        return slurm.is_here()
+    return submission.host == socket.gethostname()
 
 
 def _is_controller_alive(submission: Submission) -> bool:

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import json
+import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from hpc_ddpm.errors import ClusterError
 from launch.after_job import progress_mark
+from launch.cli import app
+from launch.executor import again, refuse_if_busy
 from launch.jobs_tables import describe
 from launch.ledger import time_ledger
 from launch.profiles import load_profile
 from launch.records import Submission, add_event, find_runs, read_events, read_submissions
-from launch.watch import look
+from launch.watch import live_job, look
+
+TIMED_OUT = "echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1"
+NO_ACCOUNTS = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
+
+
+@pytest.fixture
+def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """A SLURM cluster whose squeue and sacct are these lines of shell."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def set_up(squeue: str, sacct: str = NO_ACCOUNTS) -> None:
+        for name, line in {"squeue": squeue, "sacct": sacct, "sbatch": "exit 1"}.items():
+            (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+            (folder / name).chmod(0o755)
+
+    return set_up
 
 
 def submission(run: Path, num_tasks: int = 0, job_id: str = "7") -> Submission:
@@ -38,8 +62,82 @@ def test_states_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for task, code in (("7_0", 0), ("7_1", 2)):
         add_event(tmp_path, task, {"event": "end", "time": 200, "code": code})
     (job,) = look([submission(tmp_path, num_tasks=3)])
-    assert [state.state for state in job.tasks.values()] == ["COMPLETED", "FAILED", "UNKNOWN"]
-    assert job.unfinished == ["7_1", "7_2"]
+    assert [state.state for state in job.tasks.values()] == ["COMPLETED", "FAILED", "ELSEWHERE"]
+    assert job.unfinished == ["7_1"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"job_id": "7", "sta', '"\\ud800'])
+def test_a_foreign_or_torn_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """`jobs ls` shows the others; a second job is not started beside one that it may have been."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    submission(tmp_path / "good").write()
+    (tmp_path / "bad" / "jobs").mkdir(parents=True)
+    (tmp_path / "bad" / "jobs" / "8.json").write_text(text)
+    done = CliRunner().invoke(app, ["jobs", "ls", str(tmp_path), "--json"])
+    assert [row["run"] for row in json.loads(done.stdout)] == [str(tmp_path / "good")]
+    for call in (lambda: read_submissions(tmp_path / "bad"), lambda: refuse_if_busy(tmp_path / "bad")):
+        with pytest.raises(ClusterError, match=r"8.json: no record of a job, or a torn one"):
+            call()
+
+
+def test_a_record_of_what_is_refused_now_is_not_repeated(tmp_path: Path) -> None:
+    old = submission(tmp_path)
+    with pytest.raises(ClusterError, match="job 7 cannot be repeated as it was: time=0:00:10 is no longer than"):
+        again(replace(old, profile=old.profile | {"time": "0:00:10"}), 1)
+
+
+def test_a_job_whose_state_nobody_tells_has_not_ended(tmp_path: Path, says: Callable[..., None]) -> None:
+    """Or a second one would be started in the same run."""
+    submission(tmp_path).write()
+    says(TIMED_OUT)
+    with pytest.raises(ClusterError, match="Socket timed out"):
+        refuse_if_busy(tmp_path)
+    for command in ("ls", "show", "wait", "retry"):
+        done = CliRunner().invoke(app, ["jobs", command, str(tmp_path)])
+        assert isinstance(done.exception, ClusterError)
+    says(TIMED_OUT, "echo '7|COMPLETED|00:01:00|n1'")
+    assert live_job(tmp_path) is None
+    says("true")
+    assert live_job(tmp_path) is None
+
+
+def test_waiting_goes_on_while_slurm_does_not_answer(tmp_path: Path, says: Callable[..., None]) -> None:
+    submission(tmp_path).write()
+    turns = ["7|RUNNING|0:01|n1|n1", "", "7|COMPLETED|0:01|n1|n1"]
+    count = f"n=$(cat {tmp_path}/n 2>/dev/null || echo 1); echo $((n + 1)) > {tmp_path}/n"
+    lines = ";; ".join(f"{n}) {f'echo {turn!r}' if turn else TIMED_OUT}" for n, turn in enumerate(turns, start=1))
+    says(f"{count}; case $n in {lines};; esac")
+    done = CliRunner().invoke(app, ["jobs", "wait", str(tmp_path)])
+    assert (done.exit_code, done.stdout) == (0, "job 7: COMPLETED\n")
+    assert "Socket timed out" in done.stderr
+
+
+@pytest.mark.parametrize("state", ["REQUEUE_HOLD", "SPECIAL_EXIT", "REQUEUE_FED", "RESV_DEL_HOLD", "STAGE_OUT", "NEW"])
+def test_a_held_job_is_live(tmp_path: Path, says: Callable[..., None], state: str) -> None:
+    submission(tmp_path).write()
+    says(f"echo '7|{state}|0:00|(JobHoldMaxRequeue)|'")
+    assert live_job(tmp_path) == "7"
+    (job,) = look(read_submissions(tmp_path))
+    assert (job.unfinished, job.tasks["7"].reason) == ([], "JobHoldMaxRequeue")
+
+
+def test_ranks_of_another_machine_are_left_to_it(tmp_path: Path) -> None:
+    """Seen over a shared disk: what it has not recorded as ended may still run."""
+    local = replace(submission(tmp_path), profile=load_profile("local").model_dump(mode="json"), host="ws2")
+    local.write()
+    add_event(tmp_path, "7", {"event": "start", "time": 110, "restarts": 0, "nodes": "ws2"})
+    (job,) = look([local])
+    assert (job.in_words, job.live, job.unfinished) == ("ELSEWHERE", [], [])
+    with pytest.raises(ClusterError, match="job 7 was started on ws2 and may still run"):
+        refuse_if_busy(tmp_path)
+    for command in ("wait", "cancel", "retry"):
+        done = CliRunner().invoke(app, ["jobs", command, str(tmp_path)])
+        assert "started on ws2" in str(done.exception)
+    (here,) = look([replace(local, host=socket.gethostname())])
+    assert (here.in_words, here.unfinished) == ("FAILED", ["7"])
+    add_event(tmp_path, "7", {"event": "end", "time": 120, "code": 0})
+    assert look([local])[0].in_words == "COMPLETED"
+    refuse_if_busy(tmp_path)
 
 
 def test_where_the_time_went(tmp_path: Path) -> None:

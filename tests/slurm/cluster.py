@@ -66,7 +66,8 @@ class Cluster:
         """Process ids of the ranks of a job that was submitted with submitit; all nodes are on this machine."""
         found = {}
         for process in self._processes({"SLURM_JOB_ID": job_id}):
-            if b"submitit.core._submit" in _read(process / "cmdline"):
+            words = _read(process / "cmdline").split(b"\0")
+            if b"submitit.core._submit" in words and words[0] != b"srun":
                 found[int(_environment(process)["SLURM_PROCID"])] = int(process.name)
         return found
 

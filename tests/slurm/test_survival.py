@@ -114,7 +114,8 @@ def runs(
         case.disturb(cluster, job, out)
         return out, cluster.run("hpc-ddpm", "jobs", "logs", "-f", out, timeout_s=500)
 
-    names = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
+    own = (item for item in request.session.items if item.path == request.path and hasattr(item, "callspec"))
+    names = [item.callspec.params["name"] for item in own]
     with ThreadPoolExecutor(len(names)) as threads:
         yield {name: threads.submit(run, name) for name in names}
     cluster.up()  # the lost node comes back

@@ -1,0 +1,91 @@
+"""What would fail in a job fails when it is submitted: settings, data and batch arithmetic of every stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hpc_ddpm.config import Config, load_config
+from hpc_ddpm.errors import ConfigError
+
+Given = dict[str, Any]
+"""Parameters of the stage's own command."""
+
+
+def check_packing(given: Given) -> Config:
+    """The settings of `pack`.
+
+    Raises:
+        ConfigError: they are wrong, or there is no such source.
+    """
+    config = load_config(given["config"], given["overrides"] or []).config
+    _exists(given["source"], "give a folder of volumes or a table")
+    return config
+
+
+def check_training(given: Given, world_size: int, *, with_memory: bool) -> float | None:
+    """The estimated peak of `train` in GiB, where it is asked for.
+
+    Raises:
+        ConfigError: wrong settings, a batch that cannot be divided, another experiment in the run, or no data.
+    """
+    from launch.stages import resume_config, training_settings
+
+    source, settings = training_settings(given["config"], given["overrides"], given["data"], given["init_from"])
+    config = resume_config(given["out"], source, settings)
+    config.training.accumulation(world_size)
+    _is_packed(config, "--data PACKED, a folder made by `hpc-ddpm pack`")
+    if config.training.init_from and not (given["out"] / "checkpoints").is_dir():
+        _exists(Path(config.training.init_from), "give --from a run or imported weights")
+    if not with_memory:
+        return None
+    from launch.estimate import peak_gib
+
+    return peak_gib(config, world_size)
+
+
+def check_sampling(given: Given) -> None:
+    """Of `sample run`.
+
+    Raises:
+        ConfigError: wrong settings, or no such run, masks or packed data.
+    """
+    from hpc_ddpm.sampling.plan import read_manifest
+    from hpc_ddpm.training.resume import stored_config
+    from launch.sample_commands import as_settings
+    from launch.stages import with_overrides
+
+    _exists(given["source"], "give a run directory or imported weights")
+    settings = as_settings(given["overrides"], given["replicas"], given["reject_below"], given["max_tries"])
+    stored = stored_config(given["source"])
+    config = with_overrides(stored, settings) if stored else load_config(None, settings).config
+    if given["masks"]:
+        _exists(given["masks"], "give --masks a mask, a folder of masks or a table")
+    elif stored and (given["split"] or not read_manifest(given["out"])):
+        _is_packed(config, "--masks, or data.path=PACKED")
+
+
+def check_benchmark(name: str, given: Given, world_size: int) -> None:
+    """Of `bench NAME`.
+
+    Raises:
+        ConfigError: wrong settings, a batch that cannot be divided, or no such data.
+    """
+    if "config" in given:
+        config = load_config(given["config"], given["overrides"] or []).config
+        if name == "train":
+            config.training.accumulation(world_size)
+    for key in ("packed", "source", "med_ddpm"):
+        if given.get(key):
+            _exists(given[key], "give an existing folder")
+
+
+def _is_packed(config: Config, advice: str) -> None:
+    if not config.data.path or not Path(config.data.path).is_dir():
+        found = f"{config.data.path} is no folder" if config.data.path else "no data"
+        raise ConfigError(f"{found}: give {advice}")
+
+
+def _exists(path: Path, advice: str) -> None:
+    if not path.exists():
+        raise ConfigError(f"{path}: nothing there; {advice}")
