@@ -36,7 +36,7 @@ def describe(job: JobState, *, in_full: bool = False) -> dict[str, Any]:
     if not in_full:
         return facts
     every, now = read_submissions(Path(submission.run_dir)), time.time()
-    seconds, gpu_seconds = (time_ledger(every, job.live, now, per_rank=per_rank) for per_rank in (False, True))
+    seconds, gpu_seconds = (time_ledger(every, job.live, now, per_gpu=per_gpu) for per_gpu in (False, True))
     return facts | {
         "time_s": {name: round(value, 1) for name, value in seconds.items()},
         "gpu_hours": _gpu_hours(gpu_seconds) if submission.stage in GPU_STAGES else {},

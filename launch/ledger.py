@@ -11,7 +11,7 @@ from launch.records import Submission
 
 
 def time_ledger(
-    submissions: Iterable[Submission], live: Iterable[str], now: float, *, per_rank: bool = False
+    submissions: Iterable[Submission], live: Iterable[str], now: float, *, per_gpu: bool = False
 ) -> dict[str, float]:
     """Seconds by what they went into; of a training, the running ones are divided further.
 
@@ -19,7 +19,7 @@ def time_ledger(
         submissions: all of one run.
         live: ids of tasks that are queued or run.
         now: seconds since the epoch.
-        per_rank: count every second once for each rank that it took, as GPU-seconds.
+        per_gpu: count every second once for each GPU that it took.
 
     Returns:
         `queued` and `running`, summed over array tasks; of `running`, of a training: `computing`, `waiting_for_data`,
@@ -28,7 +28,7 @@ def time_ledger(
     submissions, live = list(submissions), set(live)
     queued = running = 0.0
     for submission in submissions:
-        ranks = submission.nodes * submission.ranks_per_node if per_rank else 1
+        ranks = submission.nodes * submission.ranks_per_node * submission.gpus_per_gpu if per_gpu else 1
         for task in submission.task_ids:
             since, runs = submission.submitted, False
             for event in submission.events(task):
@@ -41,20 +41,20 @@ def time_ledger(
     ledger = {"queued": queued, "running": running}
     if submissions and submissions[-1].stage == "train":
         run_dir = Path(submissions[-1].run_dir)
-        lost = sum(_steps(read_metrics(run_dir, LOST), per_rank).values())
-        steps = _steps(read_metrics(run_dir), per_rank) | {"lost_steps": lost}
+        lost = sum(_steps(read_metrics(run_dir, LOST), per_gpu).values())
+        steps = _steps(read_metrics(run_dir), per_gpu) | {"lost_steps": lost}
         ledger |= steps | {"starting": max(0.0, running - sum(steps.values()))}
     return ledger
 
 
-def _steps(rows: Iterable[Mapping[str, Any]], per_rank: bool) -> dict[str, float]:
+def _steps(rows: Iterable[Mapping[str, Any]], per_gpu: bool) -> dict[str, float]:
     """What the steps took; a row with a speed speaks for those since the last one with it."""
     total = waiting = saving = 0.0
     count = 0
     for row in rows:
         count += 1
         if "step_time_s" in row:
-            ranks = row["volumes_per_s"] / row["volumes_per_s_per_rank"] if per_rank else 1
+            ranks = row["volumes_per_s"] / row["volumes_per_s_per_rank"] if per_gpu else 1
             elapsed = ranks * row["step_time_s"] * count
             total, waiting = total + elapsed, waiting + elapsed * row["data_wait_share"]
             saving += ranks * row.get("checkpoint_stall_s", 0.0)

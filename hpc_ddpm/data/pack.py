@@ -100,7 +100,9 @@ def pack(
                 num_written = run_shares(job, writer, num_workers, team.index, team.size, progress or (lambda *_: None))
                 is_complete = _publish(job, writer)
             if is_complete and writer.leave():
-                _clear_away(out, overwrite)
+                with suppress(OSError):  # another has joined meanwhile
+                    writer.scratch.parent.rmdir()
+                    _clear_away(out, overwrite)
     return _report(out, config, found, num_written, is_complete, skip_bad)
 
 
