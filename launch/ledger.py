@@ -28,7 +28,7 @@ def time_ledger(
     submissions, live = list(submissions), set(live)
     queued = running = 0.0
     for submission in submissions:
-        ranks = submission.nodes * submission.ranks_per_node * submission.gpus_per_gpu if per_gpu else 1
+        ranks = submission.nodes * submission.ranks_per_node * submission.gpus_per_rank if per_gpu else 1
         for task in submission.task_ids:
             since, runs = submission.submitted, False
             for event in submission.events(task):
