@@ -19,13 +19,14 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from hpc_ddpm.distributed import Ranks, broadcast_object
 from hpc_ddpm.errors import CheckpointError
@@ -129,9 +130,13 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """
     manifest = check_sizes(path)
     for name, row in manifest["files"].items():
-        with (path / name).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != row["sha256"]:
-                raise CheckpointError(f"{path / name}: its SHA-256 is not the one in {MANIFEST}; the file is damaged")
+        try:
+            with (path / name).open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path / name}: deleted while it was read") from error
+        if found != row["sha256"]:
+            raise CheckpointError(f"{path / name}: its SHA-256 is not the one in {MANIFEST}; the file is damaged")
     return manifest
 
 
@@ -152,9 +157,13 @@ def agree_on_latest(root: Path, ranks: Ranks) -> Path | None:
     return broadcast_object(latest_checkpoint(root) if ranks.is_main else None)
 
 
-def prunable(root: Path, keep: int, keep_every: int = 0) -> list[Path]:
-    """Checkpoints beyond the newest `keep`, without those of multiples of `keep_every` steps."""
-    return [path for path in step_dirs(root)[:-keep] if not keep_every or step_of(path) % keep_every]
+def prunable(newest: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Checkpoints beyond `newest`, a whole one, and `keep - 1` before it; not those of multiples of `keep_every` steps.
+
+    Later ones are damaged and were passed over, or are being published: they do not count and stay.
+    """
+    counted = [path for path in step_dirs(newest.parent) if step_of(path) <= step_of(newest)]
+    return [path for path in counted[:-keep] if not keep_every or step_of(path) % keep_every]
 
 
 def delete_checkpoints(paths: Iterable[Path]) -> None:
@@ -220,14 +229,18 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
 
 
 class PieceReader:
-    """Reads tensors, or any range of them, from the piece files of a checkpoint written at any world size."""
+    """Reads tensors, or any range of them, from the piece files of a checkpoint written at any world size.
+
+    Raises:
+        CheckpointError: a file is torn; damaged values only `verify_checkpoint` sees.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._where: dict[str, list[tuple[int, Path, str]]] = {}
         for path in sorted(folder.glob("pieces-*.safetensors")):
-            with safe_open(path, "pt") as file:
+            with _opened(path) as file:
                 shapes = json.loads(file.metadata()["shapes"])
                 self.shapes |= {name: tuple(shape) for name, shape in shapes.items()}
                 for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -243,12 +256,12 @@ class PieceReader:
         """Elements `start .. start + numel` of a tensor's flat view, fp32 on CPU.
 
         Raises:
-            CheckpointError: the tensor, or a part of it, is in no file.
+            CheckpointError: the tensor, or a part of it, is in no file, or its file is torn.
         """
         result = torch.empty(numel)
         filled = 0
         for piece_start, path, key in self._where.get(f"{kind}/{name}", []):
-            with safe_open(path, "pt") as file:
+            with _opened(path) as file:
                 piece = file.get_slice(key)
                 low, high = max(start, piece_start), min(start + numel, piece_start + piece.get_shape()[0])
                 if low < high:
@@ -261,3 +274,12 @@ class PieceReader:
     def full(self, kind: str) -> dict[str, torch.Tensor]:
         """Every tensor of one kind, whole: a state dict of the network for `master` and the averages."""
         return {name: self.read(kind, name, 0, math.prod(shape)).reshape(shape) for name, shape in self.shapes.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable file of pieces ({error}); use another checkpoint") from error

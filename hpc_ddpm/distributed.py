@@ -274,6 +274,8 @@ def keep_freed_memory() -> None:
 def local_device(ranks: Ranks) -> torch.device:
     """This rank's GPU, or the CPU where there is none (or HPC_DDPM_DEVICE=cpu asks for it).
 
+    From here on fp32 is fp32 in this process: PyTorch computes convolutions on GPUs in TF32 by default.
+
     Raises:
         ClusterError: fewer visible GPUs than ranks on this node.
     """
@@ -289,6 +291,7 @@ def local_device(ranks: Ranks) -> torch.device:
             "or set HPC_DDPM_DEVICE=cpu"
         )
     torch.cuda.set_device(index)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda", index)
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hpc_ddpm.checkpoint import MANIFEST, PieceReader, step_dirs
+from hpc_ddpm.checkpoint import PieceReader, latest_checkpoint
 from hpc_ddpm.config import Config, list_presets, load_config
 from hpc_ddpm.diffusion.schedules import build_schedule
 from hpc_ddpm.errors import CheckpointError
@@ -75,7 +75,7 @@ def load_model(source: str | Path, preset: str | None = None, overrides: Iterabl
 
     Args:
         source: a Med-DDPM `.pt` file, a weights folder or its `.safetensors` file, or a run folder (newest
-            complete checkpoint, the weights that `sampling.weights` names).
+            whole checkpoint, the weights that `sampling.weights` names).
         preset: for a `.pt` file, which carries no configuration: a preset or YAML file that fits it.
         overrides: `section.key=value` strings applied to the configuration.
 
@@ -139,15 +139,16 @@ def load_weights(path: Path, overrides: Iterable[str] = ()) -> Weights:
 
 
 def find_run_weights(run_dir: Path, overrides: Iterable[str] = (), checkpoint: Path | None = None) -> Weights:
-    """Weights of one of a run's checkpoints (the newest complete one): those that `sampling.weights` names.
+    """Weights of a run's newest whole checkpoint, or of one that is verified: those that `sampling.weights` names.
+
+    Every file of the newest checkpoint is read and hashed; damaged ones are reported and passed over.
 
     Raises:
-        CheckpointError: the run has no complete checkpoint, none of these weights, or lacks its configuration.
+        CheckpointError: the run has no whole checkpoint, none of these weights, or lacks its configuration.
     """
-    complete = [folder for folder in step_dirs(run_dir / "checkpoints") if (folder / MANIFEST).is_file()]
-    if not complete:
-        raise CheckpointError(f"{run_dir} has no complete checkpoint yet; let it train to its first one")
-    checkpoint = checkpoint or complete[-1]
+    checkpoint = checkpoint or latest_checkpoint(run_dir / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"{run_dir} has no whole checkpoint; let it train to its next one")
     config = _read_config(run_dir, overrides)
     which = config.sampling.weights
     origin = {"run": run_dir.resolve().name, "checkpoint": checkpoint.name, "which": which}

@@ -84,13 +84,12 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Delete old checkpoints; safe while the run trains. The newest one that is whole always stays."""
+    """Delete old checkpoints; safe while the run trains. The newest whole one stays, later ones do not count."""
     from hpc_ddpm.checkpoint import delete_checkpoints, latest_checkpoint, prunable
 
-    root = run / "checkpoints"
     _checkpoints(run)
-    newest = latest_checkpoint(root)
-    doomed = [path for path in prunable(root, keep, every) if path != newest]
+    newest = latest_checkpoint(run / "checkpoints")
+    doomed = prunable(newest, keep, every) if newest else []
     freed = sum(file.stat().st_size for path in doomed for file in path.iterdir())
     what = f"{len(doomed)} checkpoints ({freed / GIB:.3f} GiB): {_names(doomed)}"
     if dry_run or not doomed:

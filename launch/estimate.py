@@ -30,7 +30,12 @@ SHARE_OF_PEAK = (0.15, 0.40)
 
 
 def estimate(config: Config, gpu: Gpu, world_size: int) -> dict[str, Any]:
-    """All figures: sizes in GiB, times in hours, FLOPs in TFLOP."""
+    """All figures: sizes in GiB, times in hours, FLOPs in TFLOP.
+
+    Raises:
+        ConfigError: `training.global_batch` is not a multiple of micro batch x ranks.
+    """
+    config.training.accumulation(world_size)
     precision = config.training.precision
     if precision == "auto":
         precision = "bf16" if gpu.has_bf16 else "fp32"
@@ -181,7 +186,7 @@ def _print_parts(console: Console, facts: dict[str, Any]) -> None:
         table.add_row(name.replace("_", " "), f"{size:.3f}", style="bold" if name == "peak" else None)
     console.print(table, "")
     if facts["host_gib"]:
-        console.print(f"offloaded activations of one rank: {facts['host_gib']:.3f} GiB of page-locked host memory\n")
+        console.print(f"offloaded by one rank: {facts['host_gib']:.3f} GiB of host memory\n")
     if "measured" in facts:
         table = _table("tensors of one volume's step", "predicted GiB", "measured GiB", "ratio")
         for policy, row in facts["measured"].items():

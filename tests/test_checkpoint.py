@@ -13,14 +13,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from hpc_ddpm.checkpoint import (
     MANIFEST,
     Piece,
     PieceReader,
+    check_sizes,
     latest_checkpoint,
     prunable,
     step_dirs,
@@ -32,6 +35,7 @@ from hpc_ddpm.config import TrainingConfig
 from hpc_ddpm.distributed import Ranks, process_group
 from hpc_ddpm.errors import CheckpointError
 from hpc_ddpm.training.saver import Saver
+from launch.checkpoint_commands import checkpoint_app
 
 TENSOR = torch.arange(24.0).reshape(2, 3, 4)
 
@@ -71,7 +75,7 @@ def test_old_ones_and_leftovers_go(root: Path) -> None:
         ours.save(4, {}, PIECES, background=False)
         ours.save(5, {}, PIECES, background=False)
     assert sorted(path.name for path in root.iterdir()) == ["step_00000002", "step_00000004", "step_00000005"]
-    assert [step_of(path) for path in prunable(root, 1)] == [2, 4]
+    assert [step_of(path) for path in prunable(root / "step_00000005", 1)] == [2, 4]
 
 
 def test_a_background_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
@@ -130,6 +134,52 @@ def damage_manifest(path: Path) -> None:
 def test_a_damaged_newest_one_is_passed_over(root: Path, damage) -> None:
     damage(root / "step_00000003")
     with pytest.warns(UserWarning, match=r"passed over: .*step_00000003"):
+        assert latest_checkpoint(root) == root / "step_00000002"
+
+
+def test_later_damaged_ones_do_not_displace_what_is_saved(root: Path) -> None:
+    damage_flip(root / "step_00000003")
+    with saver(root, keep_checkpoints=1) as ours:
+        ours.save(2, {"note": "again"}, PIECES, background=False)
+    assert [step_of(path) for path in step_dirs(root)] == [2, 3]
+    with pytest.warns(UserWarning, match=r"passed over: .*step_00000003"):
+        assert verify_checkpoint(verified(root))["note"] == "again"
+    with saver(root, keep_checkpoints=1) as ours:
+        ours.save(4, {}, PIECES, background=False)
+    assert [step_of(path) for path in step_dirs(root)] == [4]
+
+
+@pytest.mark.parametrize("damaged", [(3,), (2, 3), (1, 2, 3)])
+def test_pruning_keeps_the_newest_whole_ones(root: Path, damaged: tuple[int, ...]) -> None:
+    for step in damaged:
+        damage_flip(root / f"step_0000000{step}")
+    with pytest.warns(UserWarning, match="passed over"):
+        result = CliRunner().invoke(checkpoint_app, ["prune", str(root.parent), "--keep", "1", "--yes"])
+    assert result.exit_code == 0, result.output
+    left = [step_of(path) for path in step_dirs(root)]
+    assert left == [step for step in (1, 2, 3) if step >= 3 - len(damaged)]
+
+
+def test_torn_pieces_are_one_line(root: Path) -> None:
+    file = next((root / "step_00000003").glob("pieces-*"))
+    reader, content = PieceReader(file.parent), file.read_bytes()
+    for damaged in (content[:-1], content.replace(b"weight@0", b"weight@x"), b""):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"pieces-00000-of-00001.safetensors: not a readable file of pieces"):
+            PieceReader(file.parent)
+    with pytest.raises(CheckpointError, match="not a readable file of pieces"):
+        reader.read("master", "weight", 0, 24)
+
+
+def test_one_that_is_deleted_while_it_is_read_is_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_and_lose(path: Path) -> dict[str, Any]:
+        manifest = check_sizes(path)
+        if path.name == "step_00000003":
+            damage_missing(path)
+        return manifest
+
+    monkeypatch.setattr("hpc_ddpm.checkpoint.check_sizes", check_and_lose)
+    with pytest.warns(UserWarning, match="deleted while it was read"):
         assert latest_checkpoint(root) == root / "step_00000002"
 
 

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from hpc_ddpm.benchmark.device import exact_fp32
 from hpc_ddpm.distributed import (
     RANK_VARIABLES,
     Ranks,
@@ -122,6 +123,17 @@ def test_deepspeed_is_told_the_index_of_the_gpu(monkeypatch: pytest.MonkeyPatch)
         assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == told
     for name in RANK_VARIABLES:
         os.environ.pop(name)
+
+
+def test_fp32_on_a_gpu_is_not_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HPC_DDPM_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    with exact_fp32():  # puts back what was set
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        assert local_device(Ranks()) == torch.device("cuda", 0)
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_signals_only_set_a_flag() -> None:

@@ -96,6 +96,12 @@ def test_as_many_unknown_names_keep_their_order(trained: Path) -> None:
     ("setting", "problem"),
     [
         ("model.base_channels=16", r"'time_embed\.0\.weight' is \[32, 8\] there, \[64, 16\] in this network"),
+        ("model.num_groups=8", r"model\.num_groups 4 -> 8; keep those it was trained with"),
+        ("model.head_channels=4", r"model\.head_channels None -> 4"),
+        ("model.time_max_period=10000", r"model\.time_max_period 1000\.0 -> 10000\.0"),
+        ("diffusion.schedule=linear", "diffusion.schedule cosine -> linear"),
+        ("diffusion.num_timesteps=100", "diffusion.num_timesteps 50 -> 100"),
+        ("diffusion.prediction_type=v", "diffusion.prediction_type epsilon -> v"),
         ("training.init_from=med_ddpm.pt", "hpc-ddpm weights import med_ddpm.pt --preset NAME"),
         ("training.init_from=nowhere", "no weights at nowhere"),
     ],

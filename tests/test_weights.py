@@ -8,12 +8,19 @@ import pytest
 import torch
 
 import hpc_ddpm
-from hpc_ddpm.checkpoint import MANIFEST, Piece, write_pieces
+from hpc_ddpm.checkpoint import MANIFEST, Piece, checkpoint_dir, publish, unfinished_dir, write_pieces
 from hpc_ddpm.config import Config, CovariateConfig, load_config
 from hpc_ddpm.diffusion import build_schedule
 from hpc_ddpm.errors import CheckpointError, ConfigError
+from hpc_ddpm.files import write_json
 from hpc_ddpm.model import build_unet
-from hpc_ddpm.weights import export_med_ddpm, import_med_ddpm, load_model, load_weights, save_weights
+from hpc_ddpm.weights import (
+    export_med_ddpm,
+    import_med_ddpm,
+    load_model,
+    load_weights,
+    save_weights,
+)
 from tests.model.deterministic import fill, inputs
 
 SMALL = ["model.base_channels=8", "model.num_groups=4", "model.channel_multipliers=[1,2]", "data.size=[8,8,8]"]
@@ -31,6 +38,15 @@ def med_ddpm_content(state_dict: dict[str, torch.Tensor], config: Config, step: 
     wrapped |= {f"denoise_fn.{key}": tensor for key, tensor in state_dict.items()}
     raw = {key: tensor + 1 if key.startswith("denoise_fn.") else tensor for key, tensor in wrapped.items()}
     return {"step": step, "model": raw, "ema": wrapped}
+
+
+def save_checkpoint(run: Path, averages: dict[str, torch.Tensor], step: int) -> Path:
+    folder = checkpoint_dir(run / "checkpoints", step)
+    file = unfinished_dir(folder) / "pieces-00000-of-00001.safetensors"
+    file.parent.mkdir(parents=True)
+    pieces = [Piece("ema", key, tuple(value.shape), 0, value.flatten()) for key, value in averages.items()]
+    publish(folder, {}, {file.name: write_pieces(file, pieces)})
+    return folder / file.name
 
 
 def weightless(preset: str) -> dict[str, torch.Tensor]:
@@ -111,18 +127,15 @@ def test_load_model_from_each_kind_of_source(published: Path, tmp_path: Path) ->
     save_weights(tmp_path / "ours", network.state_dict(), config, {})
     run = tmp_path / "run"
     for step, factor in ((10, 0.0), (20, 1.0), (30, 0.5)):  # the last one is incomplete
-        folder = run / "checkpoints" / f"step_{step:08d}"
-        folder.mkdir(parents=True)
-        tensors = network.state_dict().items()
-        pieces = [Piece("ema", key, tuple(value.shape), 0, factor * value.flatten()) for key, value in tensors]
-        write_pieces(folder / "pieces-00000-of-00001.safetensors", pieces)
-        if step < 30:
-            (folder / MANIFEST).write_text("{}")
+        tensors = {key: factor * value for key, value in network.state_dict().items()}
+        save_checkpoint(run, tensors, step)
+    (checkpoint_dir(run / "checkpoints", 30) / MANIFEST).unlink()
     (run / "config.json").write_text(json.dumps(config.dump()))
     (tmp_path / "small.yaml").write_text(json.dumps(config.dump()))
 
-    sources = [tmp_path / "ours", str(tmp_path / "ours" / "weights.safetensors"), run]
-    models = [load_model(source) for source in sources]
+    models = [load_model(source) for source in (tmp_path / "ours", str(tmp_path / "ours" / "weights.safetensors"))]
+    with pytest.warns(UserWarning, match=r"passed over: .*step_00000030"):
+        models.append(load_model(run))
     models.append(hpc_ddpm.load_model(published, preset=str(tmp_path / "small.yaml")))
     for model in models:
         torch.testing.assert_close(model(*arguments), expected, rtol=1e-6, atol=1e-6)
@@ -252,8 +265,8 @@ def test_sources_that_cannot_be_loaded(published: Path, tmp_path: Path) -> None:
         load_model(published)
     with pytest.raises(CheckpointError, match=r"no .*weights.safetensors; a weights folder holds"):
         load_model(tmp_path)
-    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="no complete checkpoint yet"):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
         load_model(tmp_path / "run")
 
     save_weights(tmp_path / "ours", network.state_dict(), config, {})
@@ -266,3 +279,18 @@ def test_sources_that_cannot_be_loaded(published: Path, tmp_path: Path) -> None:
     (tmp_path / "ours" / "weights.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         load_model(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("how", ["values", "torn"])
+def test_damaged_weights_of_a_run_are_passed_over(tmp_path: Path, how: str) -> None:
+    network, config = small_network()
+    whole = {key: 0.5 * value for key, value in network.state_dict().items()}
+    save_checkpoint(tmp_path, whole, 1)
+    file = save_checkpoint(tmp_path, network.state_dict(), 2)
+    write_json(tmp_path / "config.json", config.dump())
+    content = file.read_bytes()
+    file.write_bytes(content[:-8] if how == "torn" else content[:-8] + bytes(8))
+    with pytest.warns(UserWarning, match=r"passed over: .*step_00000002"):
+        model = load_model(tmp_path)
+    assert model.provenance["source"]["checkpoint"] == "step_00000001"
+    assert same(model.network.state_dict(), whole)

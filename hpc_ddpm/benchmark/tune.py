@@ -196,9 +196,10 @@ class _Trials:
 
     def _plan(self, candidate: Candidate) -> MemoryPlan:
         training = self.config.training.model_copy(update={"zero_stage": candidate.zero_stage})
-        states = plan_states(self.planner.parameters, training, self.world_size, self.planner.precision)
+        planner = self.planner
+        states = plan_states(planner.parameters, training, self.world_size, planner.precision, planner.device_type)
         policy = candidate.activation_checkpointing
-        return MemoryPlan(policy, candidate.micro_batch, states, self.planner.trace(policy))
+        return MemoryPlan(policy, candidate.micro_batch, states, planner.trace(policy))
 
 
 def _finished(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 22
+CPU_CHUNK = 1 << 17
 """Values at once: their float32 copies stay in the cache."""
+GPU_CHUNK = 1 << 24
+"""Values at once, at least one slice: two float32 copies of them take 128 MiB.
+
+Arithmetic, not a measurement: in backward a part costs the host some 85 µs (45 in PyTorch, seen on a CPU, and 11 kernel
+launches), and its kernels move 60 bytes per value, 20 µs per million values at 3 TB/s. Below 4 million values launches
+bound it: 192 x 192 x 144 with 64 channels would be 144 slices of 2.4 million and take the host 12 ms, its kernels 7.
+"""
 
 
 class GroupNormFloat32(nn.GroupNorm):

@@ -42,28 +42,53 @@ class States:
     """Accumulated and on their way to the other ranks."""
     optimizer_step: int
     """Temporary tensors of the optimizer step; activations are gone by then."""
+    host: int = 0
+    """In the host's memory, beside all other figures (`training.offload_optimizer`, `offload_parameters`)."""
 
 
-def plan_states(parameters: int, training: TrainingConfig, world_size: int, precision: str) -> States:
-    """What DeepSpeed and the averages allocate on each of `world_size` ranks; what is offloaded counts all the same."""
+def plan_states(
+    parameters: int, training: TrainingConfig, world_size: int, precision: str, device_type: str = "cuda"
+) -> States:
+    """What DeepSpeed and the averages allocate on each of `world_size` ranks; on CPUs, offloading changes nothing."""
     stage, is_half = training.zero_stage, precision != "fp32"
     shard = world_size if stage else 1
     width = 2 if is_half else 4
     buckets = 2 * 4 * min(training.reduce_bucket_size, parameters)
+    can_offload = device_type != "cpu"
+    is_optimizer_away = can_offload and stage > 0 and training.offload_optimizer == "cpu"
+    are_weights_away = can_offload and stage == 3 and training.offload_parameters == "cpu"
 
     def size(bytes_per_parameter: float) -> int:
         return int(parameters * bytes_per_parameter)
 
-    gradients = {0: width, 1: (6 if precision == "bf16" else width + 4 / shard), 2: 4 / shard, 3: 4 / shard}[stage]
+    # layers stay gathered until backward is done, or until there are too many
+    is_gathered = stage == 3 and (world_size > 1 or are_weights_away)
+    gathered = width * min(parameters, training.max_live_parameters) if is_gathered else 0
+    weights = size(width / shard if stage == 3 else width)
+    masters, moments = size(4 / shard if stage or is_half else 0), size(8 / shard)
+    ema = size(4 / shard) * len(training.ema_names)
+    gradients = {
+        0: width,
+        1: 6 if precision == "bf16" and not is_optimizer_away else 4 + 4 / shard,
+        2: 4 / shard,
+        3: 4 / shard,
+    }[stage]
     step = {0: 5 if is_half else 1, 1: 8 / shard, 2: 8 / shard, 3: 12 / shard}[stage]
-    gathered = width if stage == 3 and world_size > 1 else 0  # layers stay gathered until backward is done
+    host = 0
+    if is_optimizer_away:  # with gradients, and what is copied back to the GPU; averages are of the masters
+        host = masters + moments + ema + size((8 if stage == 3 else 4 + width) / shard)
+        masters = moments = ema = step = 0
+        gradients = {1: 4 + 4 / shard if is_half else 4, 2: 4 / shard if is_half else 0, 3: 0}[stage]
+    if are_weights_away:
+        host, weights = host + weights, 0
     return States(
-        weights=size(width / shard + gathered if stage == 3 else width),
-        masters=size(4 / shard if stage or is_half else 0),
-        moments=size(8 / shard),
-        ema=size(4 / shard) * len(training.ema_names),
+        weights=weights + gathered,
+        masters=masters,
+        moments=moments,
+        ema=ema,
         gradients=size(gradients) + (buckets if stage else 0),
         optimizer_step=size(step),
+        host=host,
     )
 
 
@@ -93,8 +118,8 @@ class MemoryPlan:
 
     @property
     def host(self) -> int:
-        """Activations in page-locked host memory, beside all other figures (`model.offload_activations`)."""
-        return self.micro_batch * self.trace.host_bytes
+        """States and activations that are offloaded to the host's memory, beside all other figures."""
+        return self.states.host + self.micro_batch * self.trace.host_bytes
 
     @property
     def total(self) -> int:
@@ -106,6 +131,7 @@ class MemoryPlan:
     def parts(self) -> dict[str, int]:
         """Name -> bytes, in the order of a table."""
         parts = {"framework": FRAMEWORK_BYTES, **asdict(self.states)}
+        del parts["host"]
         return parts | {"saved": self.saved, "temporary": self.temporary, "workspace": self.workspace}
 
 
@@ -115,7 +141,7 @@ class Planner:
     def __init__(self, config: Config, world_size: int, precision: str, device_type: str = "cuda") -> None:
         self.config, self.precision, self.device_type = config, precision, device_type
         self.parameters = count_parameters(config)
-        self.states = plan_states(self.parameters, config.training, world_size, precision)
+        self.states = plan_states(self.parameters, config.training, world_size, precision, device_type)
         self._traces: dict[str, Trace] = {}
 
     def trace(self, policy: str) -> Trace:

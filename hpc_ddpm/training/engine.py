@@ -70,13 +70,13 @@ class Engine:
         deepspeed = import_deepspeed(device)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes up the group that is there
         reader = None if checkpoint is None else PieceReader(checkpoint)
+        start = all_or_none(partial(start_from, config)) if reader is None and training.init_from else None
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             # at stage 3 no rank ever holds the whole network
             sharded = deepspeed.zero.Init(config_dict_or_path=self.settings, enabled=training.zero_stage == 3)
             with sharded:
                 network = build_unet(config).train()
-            start = all_or_none(partial(start_from, config)) if reader is None and training.init_from else None
             if reader is not None:
                 _fill(network, _stored(reader), ranks.rank)
             else:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hpc_ddpm.config import Config, DataConfig
+from hpc_ddpm.config import Config, DataConfig, flatten_config
 from hpc_ddpm.errors import CheckpointError, ConfigError
 from hpc_ddpm.model.covariates import feature_names
 from hpc_ddpm.model.initial import initial_tensors
@@ -21,6 +21,15 @@ EMBEDDING = "covariate_embed."
 INPUT, FEATURES = "input_blocks.0.0.weight", f"{EMBEDDING}0.weight"
 CHANNEL_AXES = {INPUT: 1, FEATURES: 1, "out.2.weight": 0, "out.2.bias": 0}
 """Tensors that have an axis of modalities (the first also of labels) or of covariates' features, and which it is."""
+SHAPELESS = (
+    "model.num_groups",
+    "model.head_channels",
+    "model.time_max_period",
+    "diffusion.schedule",
+    "diffusion.num_timesteps",
+    "diffusion.prediction_type",
+)
+"""Settings that change what a network computes, or what its answers mean, and no tensor's shape."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ def start_from(config: Config) -> Start:
     new one starts at zero: the network begins as the old one, and learns to see and to draw it. So do new covariates.
 
     Raises:
-        CheckpointError: no weights there, or their network differs in more than its modalities and labels.
+        CheckpointError: no weights there, or their network or diffusion differs in more than modalities and labels.
     """
     source = Path(config.training.init_from)
     if source.suffix in {".pt", ".pth"}:
@@ -47,6 +56,7 @@ def start_from(config: Config) -> Start:
         )
     weights = read_weights(source)
     old, new = weights.config.data, config.data
+    _check_meaning(source, weights.config, config)
     _check_scales(source, old, new)
     images, labels = _match(new.modalities, old.modalities), _match(_labels(new), _labels(old))
     inputs = [*images, *(None if index is None else old.num_modalities + index for index in labels)]
@@ -141,6 +151,17 @@ def _match(new: Sequence[str], old: Sequence[str]) -> list[int | None]:
 
 def _places(new: Sequence[str], old: Sequence[str]) -> list[int | None]:
     return [old.index(name) if name in old else None for name in new]
+
+
+def _check_meaning(source: Path, old: Config, new: Config) -> None:
+    before, after = flatten_config(old), flatten_config(new)
+    differing = [key for key in SHAPELESS if before[key] != after[key]]
+    if differing:
+        shown = "; ".join(f"{key} {before[key]} -> {after[key]}" for key in differing)
+        raise CheckpointError(
+            f"training.init_from={source} would compute something else with other settings: {shown}; keep those it was "
+            "trained with, or train without --from"
+        )
 
 
 def _check_scales(source: Path, old: DataConfig, new: DataConfig) -> None:

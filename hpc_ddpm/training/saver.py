@@ -113,7 +113,7 @@ class Saver:
         if not self.ranks.is_main:
             return []
         publish(final, facts, dict(rows))
-        old = prunable(self.root, self.training.keep_checkpoints, self.training.keep_every_steps)
+        old = prunable(final, self.training.keep_checkpoints, self.training.keep_every_steps)
         delete_checkpoints([*leftovers(self.root), *old])
         return []
 

@@ -43,6 +43,15 @@ def test_running_out_of_memory_is_a_result() -> None:
     assert attempt({"policy": "none"}, too_much) == {"policy": "none", "error": "out of memory"}
 
 
+def test_any_other_error_fails_its_part(tmp_path: Path) -> None:
+    def broken() -> Row:
+        raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+
+    row = attempt({"policy": "none"}, broken)
+    assert row == {"policy": "none", "error": "RuntimeError: CUDA error: an illegal memory access", "is_ok": False}
+    assert run_part(lambda setup: iter([{"name": "figure"}, row]), SETUP, tmp_path / "part.json") == "failed"
+
+
 def test_what_a_part_found_before_it_failed_is_kept(tmp_path: Path) -> None:
     def part(setup: Setup) -> Iterator[Row]:
         yield {"name": "first"}
@@ -68,7 +77,7 @@ def test_a_part_that_hangs_or_crashes_is_ended(tmp_path: Path) -> None:
 
 
 def test_plain_steps_follow_the_gradient() -> None:
-    config = load_config(None, [*TINY, "training.micro_batch=2"]).config
+    config = load_config(None, [*TINY, "training.micro_batch=2", "training.learning_rate=1e-3"]).config
     for precision in ("fp32", "bf16"):
         step, losses = PlainStep(config, SETUP.device, precision), []
         for _ in range(8):

@@ -258,6 +258,9 @@ def test_estimate_without_a_configuration_is_one_line(cli: Cli) -> None:
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert "no configuration" in done.stderr
     assert "give memory in GiB, or one of" in cli("estimate", "demo", "--gpu", "h1000").stderr
+    refused = cli("estimate", "demo", "--gpus-per-node", "8")
+    assert (refused.returncode, refused.stderr.count("\n"), refused.stdout) == (2, 1, "")
+    assert "not a multiple of micro_batch x ranks" in refused.stderr
 
 
 @pytest.mark.slow

@@ -50,3 +50,10 @@ def test_bf16_statistics_are_float32(layout: torch.memory_format) -> None:
 def test_recompute_repeats_forward(layout: torch.memory_format) -> None:
     norm, x = example(layout, torch.float32)
     assert torch.equal(norm.recompute(x)(), norm(x))
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 128, 128, 128), (1, 64, 144, 192, 192), (2, 128, 144, 192, 192)])
+def test_parts_on_a_gpu_are_neither_many_nor_large(shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape, device="meta")
+    part = x.split(norm_module._slices(x), 2)[0]
+    assert 4 << 20 < part.numel() <= norm_module.GPU_CHUNK == 1 << 24

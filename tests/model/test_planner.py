@@ -136,6 +136,52 @@ def test_zero_shards_masters_moments_and_ema(stage: int) -> None:
     assert (four.masters, four.moments, four.ema) == (1_000_000, 2_000_000, 1_000_000)
 
 
+OFFLOADS = {"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "offload", "weights", "gradients", "host"),
+    [  # bytes per parameter on one rank of two, counted in DeepSpeed 0.19.8
+        (1, "bf16", OFFLOADS[0], 2, 4 + 2, 2 + 4 + 2 + 2 + 1),
+        (1, "fp32", OFFLOADS[0], 4, 4, 2 + 4 + 2 + 2 + 2),
+        (2, "bf16", OFFLOADS[0], 2, 2, 2 + 4 + 2 + 2 + 1),
+        (3, "bf16", OFFLOADS[0], 1 + 1, 0, 2 + 4 + 2 + 2 + 2),
+        (3, "bf16", OFFLOADS[1], 0 + 1, 0, 2 + 4 + 2 + 2 + 2 + 1),
+    ],
+)
+def test_offloaded_states_are_on_the_host(
+    stage: int, precision: str, offload: dict, weights: int, gradients: int, host: int
+) -> None:
+    training = TrainingConfig(zero_stage=stage, reduce_bucket_size=1, max_live_parameters=500_000, **offload)
+    states = plan_states(1_000_000, training, 2, precision)
+    assert (states.masters, states.moments, states.ema, states.optimizer_step) == (0, 0, 0, 0)
+    assert (states.weights, states.gradients, states.host) == (weights * 10**6, gradients * 10**6 + 8, host * 10**6)
+    without = training.model_copy(update={"offload_optimizer": "none", "offload_parameters": "none"})
+    at_home = plan_states(1_000_000, without, 2, precision, "cpu")
+    assert at_home == plan_states(1_000_000, training, 2, precision, "cpu")
+    assert at_home.host == 0
+
+
+def test_auto_counts_what_training_offloads() -> None:
+    settings = [
+        *SMALL,
+        "model.channel_multipliers=[1,8]",
+        "model.attention_factors=[]",
+        "training.zero_stage=3",
+        "data.size=[8,8,8]",
+    ]
+    offload = [f"training.{key}={value}" for key, value in OFFLOADS[1].items()]
+    here, there = (
+        Planner(load_config("whole_head_128", [*settings, *more]).config, 1, "bf16") for more in ([], offload)
+    )
+    plan = there.plan("none", 1)
+    budget = int(plan.total / 0.9) + 2
+    assert plan.host == there.states.host > 0
+    assert there.choose_policy(budget).policy == "none"
+    with pytest.raises(ConfigError, match="GiB are free"):
+        here.choose_policy(budget)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

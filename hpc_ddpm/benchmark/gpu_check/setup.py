@@ -90,13 +90,14 @@ def milliseconds(times: Sequence[float]) -> Row:
 
 
 def attempt(facts: Row, measure: Callable[[], Row]) -> Row:
-    """A row with what `measure` found; running out of memory, or not being able to, is a result."""
+    """A row with what `measure` found; running out of memory is a result, any other error a row that is not ok."""
     try:
         return facts | measure()
     except torch.OutOfMemoryError:
         return facts | {"error": "out of memory"}
     except Exception as error:
-        return facts | {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+        return facts | {"error": reason, "is_ok": False}
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
