@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-here test-slurm test-fast slurm-up slurm-down lint clean
+.PHONY: help install demo test test-fast slurm-up slurm-down lint clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -30,12 +30,7 @@ test: install    ## lint, types, layers and every test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) -j 2 --output-sync=target test-here test-slurm
-
-test-here: install   ## the tests that need no cluster
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slurm"
-
-test-slurm: install  ## those on a SLURM cluster of their own
 	$(BIN)/python -m pytest -m slurm
 
 test-fast: install  ## tests without the marked ones, under two minutes

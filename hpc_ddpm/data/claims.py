@@ -64,10 +64,8 @@ class Writer:
         self._last_beat = 0.0
 
     def __enter__(self) -> Writer:
-        begin = self.scratch.with_name(f".{self.name}")
-        begin.mkdir(parents=True)
-        (begin / "owner.json").write_text(json.dumps(asdict(self.owner)), encoding="utf-8")
-        begin.rename(self.scratch)
+        while not self._join():
+            pass
         self._beat()
         self._bury()
         threading.Thread(target=self._keep_beating, daemon=True).start()
@@ -76,12 +74,34 @@ class Writer:
     def __exit__(self, *exc: object) -> None:
         self.leave()
 
+    def _join(self) -> bool:
+        """Appear among the writers, at once; False where the last of them has just cleared away."""
+        begin = self.state / f".{self.name}"
+        begin.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            (begin / "owner.json").write_text(json.dumps(asdict(self.owner)), encoding="utf-8")
+            self.scratch.parent.mkdir(exist_ok=True)
+            begin.rename(self.scratch)
+            return True
+        return False
+
     def leave(self) -> bool:
         """End being a writer; whether this one was the last."""
         self._end.set()
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._bury()
         return not self.others()
+
+    def clear_away(self) -> None:
+        """Remove the whole folder after `leave`, unless another writer has joined meanwhile."""
+        with suppress(OSError):
+            self.scratch.parent.rmdir()
+            for entry in self.state.iterdir():
+                if entry.is_file():
+                    entry.unlink()
+                elif entry != self.scratch.parent:  # made again by one who joins now
+                    shutil.rmtree(entry, ignore_errors=True)
+            self.state.rmdir()
 
     @contextmanager
     def claim(self, unit: str) -> Iterator[bool]:

@@ -8,7 +8,6 @@ dataset; packing a source that has grown adds shards to it.
 from __future__ import annotations
 
 import secrets
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -100,9 +99,9 @@ def pack(
                 num_written = run_shares(job, writer, num_workers, team.index, team.size, progress or (lambda *_: None))
                 is_complete = _publish(job, writer)
             if is_complete and writer.leave():
-                with suppress(OSError):  # another has joined meanwhile
-                    writer.scratch.parent.rmdir()
-                    _clear_away(out, overwrite)
+                if overwrite:
+                    _remove_surplus(out)
+                writer.clear_away()
     return _report(out, config, found, num_written, is_complete, skip_bad)
 
 
@@ -205,13 +204,12 @@ def _entries(job: Job) -> list[ShardEntry]:
     return [entries[number] for number in sorted(entries)]
 
 
-def _clear_away(out: Path, overwrite: bool) -> None:
-    """What packing needed and, if `overwrite`, shards that are not of the dataset."""
+def _remove_surplus(out: Path) -> None:
+    """Shards of ours that are not of the dataset."""
     kept = {entry["file"] for entry in read_index(out).shards}
-    for path in out.glob(f"shard-{'[0-9]' * 5}.h5") if overwrite else ():
+    for path in out.glob(f"shard-{'[0-9]' * 5}.h5"):
         if path.name not in kept and digest_at(path) is not None:
             path.unlink(missing_ok=True)
-    shutil.rmtree(out / STATE, ignore_errors=True)
 
 
 def _report(

@@ -132,9 +132,7 @@ def run_sampling(
         if is_complete and PACKED in config.sampling.output.formats:
             _assemble(folder, config, items, done, writer, stop)
         if is_complete and writer.leave():
-            with suppress(OSError):  # another has joined meanwhile
-                writer.scratch.parent.rmdir()
-                shutil.rmtree(folder.state, ignore_errors=True)
+            writer.clear_away()
         fitted, signal = len(finisher.fitted), stop.signal or 0
         return SampleReport(finisher.generated, worker.seconds, len(done), len(items), failed, fitted, signal)
 

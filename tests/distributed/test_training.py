@@ -38,7 +38,7 @@ WAYS = {str(stage): [f"training.zero_stage={stage}"] for stage in STAGES} | {
 AVERAGES = ["training.ema_extra_decays=[0.2]", "training.ema_power_sigmas=[0.1]"]
 FP16 = ["training.precision=fp16", "training.global_batch=2", "model.base_channels=4", "model.num_groups=2"]
 """Smaller: CPUs convolve it slowly."""
-LARGE_CHANNELS = int(os.environ.get("HPC_DDPM_LARGE_CHANNELS", "80"))
+LARGE_CHANNELS = int(os.environ.get("HPC_DDPM_LARGE_CHANNELS", "96"))
 """224 is the preset itself."""
 GIVE_BACK_WHAT_IS_FREED = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 ROUNDING = 2e-6

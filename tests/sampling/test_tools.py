@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_ddpm.checkpoint import MANIFEST, Piece, write_pieces
+from hpc_ddpm.checkpoint import Piece, publish, unfinished_dir, write_pieces
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.errors import CheckpointError, ClusterError, DataFormatError
@@ -88,16 +88,17 @@ def test_a_set_of_another_average_is_retried_and_reproduced(
     """The run's default is `ema`; a set knows which average it was made with."""
     found, source, out = load_weights(weights), tmp_path / "run", tmp_path / "out"
     step = source / "checkpoints" / "step_00000010"
-    step.mkdir(parents=True)
-    write_pieces(
-        step / "pieces-00000-of-00001.safetensors",
+    pieces = unfinished_dir(step) / "pieces-00000-of-00001.safetensors"
+    pieces.parent.mkdir(parents=True)
+    facts = write_pieces(
+        pieces,
         [
             Piece(kind, key, tuple(value.shape), 0, factor * value.flatten())
             for kind, factor in (("ema", 0.5), ("master", 1.0))
             for key, value in found.state_dict.items()
         ],
     )
-    (step / MANIFEST).write_text("{}")
+    publish(step, {}, {pieces.name: facts})
     (source / "config.json").write_text(json.dumps(found.config.dump()))
     run(source, "--out", out, "--masks", heads / "head_0000.nii.gz", "-q", "sampling.weights=master")
     file = out / "t1" / "head_0000_r000.nii.gz"
