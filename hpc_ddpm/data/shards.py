@@ -41,7 +41,7 @@ from hpc_ddpm.data.chunks import UNDECODABLE, OpenShard, crc32
 from hpc_ddpm.data.geometry import Geometry
 from hpc_ddpm.data.nifti import Affine
 from hpc_ddpm.errors import ConfigError, DataFormatError
-from hpc_ddpm.files import is_file_name, reading_from, write_json
+from hpc_ddpm.files import first_unfit, reading_from, write_json
 
 FORMAT, VERSION = "hpc_ddpm packed dataset", 2
 INDEX = "index.json"
@@ -180,9 +180,9 @@ def build_index(data: dict[str, Any], shards: list[ShardEntry]) -> Index:
     """
     config = _validated(data)
     ids = list(chain.from_iterable(entry["id"] for entry in shards))
-    for name in chain(ids, *((entry["file"], entry["sha256"]) for entry in shards)):
-        if not is_file_name(name):
-            raise ValueError(f"{name!r} found, a name without slashes or leading dot expected")
+    unfit = first_unfit([*ids, *chain.from_iterable((entry["file"], entry["sha256"]) for entry in shards)])
+    if unfit is not None:
+        raise ValueError(f"{unfit!r} found, a name without slashes or leading dot expected")
     lengths = [len(entry["id"]) for entry in shards]
     shard = np.repeat(np.arange(len(shards)), lengths)
     begin = np.cumsum([0, *lengths])
