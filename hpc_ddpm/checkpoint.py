@@ -12,6 +12,7 @@ folder whose manifest verifies.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -28,12 +29,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hpc_ddpm.distributed import Ranks, broadcast_object
-from hpc_ddpm.errors import CheckpointError
+from hpc_ddpm.distributed import Ranks, all_or_none, broadcast_object
+from hpc_ddpm.errors import CheckpointError, ClusterError
 from hpc_ddpm.files import fsync, write_json
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
+UNREADABLE = (errno.ENOENT, errno.EIO, errno.ESTALE)
+"""Deleted while it is read, or on failing storage: another checkpoint may be whole. What is forbidden is no damage."""
 _STEP = re.compile(r"step_(\d{8})")
 
 
@@ -127,14 +130,19 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: names the first file that is missing or differs from the manifest.
+        ClusterError: a file may not be read.
     """
     manifest = check_sizes(path)
     for name, row in manifest["files"].items():
         try:
             with (path / name).open("rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path / name}: deleted while it was read") from error
+        except OSError as error:
+            if error.errno in UNREADABLE:
+                raise CheckpointError(f"{path / name}: cannot be read ({error.strerror})") from error
+            raise ClusterError(
+                f"{path / name}: cannot be read ({error.strerror}); mend its permissions, then run the same command"
+            ) from error
         if found != row["sha256"]:
             raise CheckpointError(f"{path / name}: its SHA-256 is not the one in {MANIFEST}; the file is damaged")
     return manifest
@@ -154,7 +162,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 def agree_on_latest(root: Path, ranks: Ranks) -> Path | None:
     """Rank 0's `latest_checkpoint`, on every rank."""
-    return broadcast_object(latest_checkpoint(root) if ranks.is_main else None)
+    return broadcast_object(all_or_none(lambda: latest_checkpoint(root) if ranks.is_main else None))
 
 
 def prunable(newest: Path, keep: int, keep_every: int = 0) -> list[Path]:

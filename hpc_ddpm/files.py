@@ -14,11 +14,12 @@ from typing import Any
 
 from hpc_ddpm.errors import ClusterError, DataFormatError
 
+FAULTS = (errno.EIO, errno.ESTALE)
 CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EEXIST),
-    *(errno.EIO, errno.ESTALE),
+    *FAULTS,
 }
 
 _NAME = re.compile(r"(?!\.)[^/\\\0\ud800-\udfff]+")
@@ -87,8 +88,10 @@ def writing_to(folder: Path, setting: str = "--out") -> Iterator[None]:
         is_ours = place.is_relative_to(folder.absolute()) or folder.absolute().is_relative_to(place)
         if error.errno not in CANNOT_WRITE or not is_ours:
             raise
+        is_vague = error.errno in FAULTS and not error.filename
+        what = "storage fails, here or at the source" if is_vague else "cannot write here"
         raise ClusterError(
-            f"{folder}: cannot write here ({error.strerror}); make room or choose another {setting}, then run the same "
+            f"{folder}: {what} ({error.strerror}); make room or choose another {setting}, then run the same "
             "command again: what is finished is kept"
         ) from None
 

@@ -53,6 +53,7 @@ def main() -> None:
         "code": given.code,
         "mark": mark,
         "is_excused": end.is_excused,
+        "is_orderly": bool(end.agreed_signal),
     }
     add_event(given.run_dir, task_id(), event | {"requeued": comes_back, "why": why})
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} hpc-ddpm {given.stage}: {why}", flush=True)
@@ -103,8 +104,8 @@ def decide(
         ends: earlier ends of this job as recorded, oldest first.
         restarts: so far.
         max_requeues: restarts at most.
-        max_crashes: starts in a row without progress, none of them excused, at most: ends at the same mark, of which
-            the first counts unless it is orderly.
+        max_crashes: starts in a row without progress, none of them excused, at most: ends at the same mark, without
+            the orderly one that came there.
     """
     if end.code == 0:
         return False, "done"
@@ -114,8 +115,10 @@ def decide(
     if restarts >= max_requeues:
         return False, f"ended after {restarts} restarts, the most that the profile allows (max_requeues)"
     found = end.reason if end.agreed_signal else f"{end.reason} (exit code {end.code}, at {end.mark})"
-    at_same_mark = takewhile(lambda one: one["mark"] == end.mark and not one["is_excused"], reversed(ends))
-    crashes = 0 if end.is_excused else len(list(at_same_mark)) + (not end.agreed_signal)
+    this = {"mark": end.mark, "is_excused": end.is_excused, "is_orderly": bool(end.agreed_signal)}
+    at_mark = list(takewhile(lambda one: one["mark"] == end.mark, [this, *reversed(ends)]))
+    in_a_row = list(takewhile(lambda one: not one["is_excused"], at_mark))
+    crashes = len(in_a_row) - (len(in_a_row) == len(at_mark) and at_mark[-1]["is_orderly"])
     if crashes >= max_crashes:
         hint = "; a start needs more time than its limit" if end.agreed_signal else ""
         return False, f"{crashes} starts in a row without progress, the last: {found}; not requeued{hint}"

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_ddpm.config import Config, load_config, with_overrides
 from hpc_ddpm.distributed import TIMEOUT_S, Ranks, StopFlag, detect_ranks, process_group
 from hpc_ddpm.errors import DataFormatError
-from hpc_ddpm.files import write_json, writing_to
-from hpc_ddpm.runlog import provenance
+from hpc_ddpm.files import writing_to
 from hpc_ddpm.training.resume import CONFIG_FILE, check_resume, stored_config
 from launch.progress import progress_bar, training_note
 
@@ -91,8 +90,6 @@ def _train(run_dir: Path, source: str | None, overrides: Sequence[str], show_pro
     config = resume_config(run_dir, source, overrides)
     timeout_s = max(TIMEOUT_S, config.training.hang_timeout_s)
     with writing_to(run_dir), process_group(ranks, timeout_s) as device:
-        if ranks.is_main:
-            write_json(run_dir / "provenance.json", provenance() | {"world_size": ranks.world_size}, indent=2)
         total = config.training.num_steps
         show = show_progress and ranks.is_main
         with progress_bar("staging", show=show) as staged, progress_bar("training", show=show) as update:

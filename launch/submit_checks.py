@@ -27,14 +27,20 @@ def check_training(given: Given, world_size: int, *, with_memory: bool) -> float
     """The estimated peak of `train` in GiB, where it is asked for.
 
     Raises:
-        ConfigError: wrong settings, a batch that cannot be divided, another experiment in the run, or no data.
+        ConfigError: wrong settings, a batch that cannot be divided, another experiment in the run, no data, or data
+            that were packed otherwise.
+        DataFormatError: packed data that are damaged.
     """
+    from hpc_ddpm.data.agreement import agree_with_packed
+    from hpc_ddpm.data.shards import INDEX
     from launch.stages import resume_config, training_settings
 
     source, settings = training_settings(given["config"], given["overrides"], given["data"], given["init_from"])
     config = resume_config(given["out"], source, settings)
     config.training.accumulation(world_size)
     _is_packed(config, "--data PACKED, a folder made by `hpc-ddpm pack`")
+    if (Path(config.data.path) / INDEX).is_file():  # or a job still packs it
+        agree_with_packed(config.data)
     if config.training.init_from and not (given["out"] / "checkpoints").is_dir():
         _exists(Path(config.training.init_from), "give --from a run or imported weights")
     if not with_memory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import itertools
 import json
 import os
@@ -13,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -33,10 +35,11 @@ from hpc_ddpm.checkpoint import (
 )
 from hpc_ddpm.config import TrainingConfig
 from hpc_ddpm.distributed import Ranks, process_group
-from hpc_ddpm.errors import CheckpointError
+from hpc_ddpm.errors import CheckpointError, ClusterError
 from hpc_ddpm.training.saver import Saver
 from launch.checkpoint_commands import checkpoint_app
 
+FILE_DIGEST = hashlib.file_digest
 TENSOR = torch.arange(24.0).reshape(2, 3, 4)
 
 
@@ -179,8 +182,28 @@ def test_one_that_is_deleted_while_it_is_read_is_passed_over(root: Path, monkeyp
         return manifest
 
     monkeypatch.setattr("hpc_ddpm.checkpoint.check_sizes", check_and_lose)
-    with pytest.warns(UserWarning, match="deleted while it was read"):
+    with pytest.warns(UserWarning, match=r"step_00000003.* cannot be read \(No such file"):
         assert latest_checkpoint(root) == root / "step_00000002"
+
+
+@pytest.mark.parametrize(("code", "is_damage"), [(errno.EIO, True), (errno.ESTALE, True), (errno.EACCES, False)])
+def test_storage_that_fails_is_damage_and_a_prohibition_is_not(
+    root: Path, monkeypatch: pytest.MonkeyPatch, code: int, is_damage: bool
+) -> None:
+    """Or a run whose checkpoints may not be read would begin again at step 0."""
+
+    def refuse(stream: BinaryIO, name: str) -> Any:
+        if "step_00000003" in stream.name:
+            raise OSError(code, os.strerror(code))
+        return FILE_DIGEST(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", refuse)
+    if is_damage:
+        with pytest.warns(UserWarning, match="cannot be read"):
+            assert latest_checkpoint(root) == root / "step_00000002"
+    else:
+        with pytest.raises(ClusterError, match=r"cannot be read \(Permission denied\); mend"):
+            latest_checkpoint(root)
 
 
 def test_another_format_is_refused(root: Path) -> None:

@@ -41,3 +41,8 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         reading_from(tmp_path),
     ):
         (tmp_path / "gone").read_bytes()
+
+
+def test_a_fault_without_a_name_may_be_that_of_the_source(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="storage fails, here or at the source"), writing_to(tmp_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -140,8 +140,9 @@ class Writer:
 
     def _folders(self) -> list[Path]:
         """One per writer, living or not."""
-        folder = self.scratch.parent
-        return [entry for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
+        with suppress(FileNotFoundError):  # the last writer has just cleared away
+            return [entry for entry in self.scratch.parent.iterdir() if entry.name[0] != "."]
+        return []
 
     def _bury(self) -> None:
         """Remove what dead writers left."""

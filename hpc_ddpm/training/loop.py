@@ -8,22 +8,21 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 from hpc_ddpm.checkpoint import agree_on_latest, step_of
-from hpc_ddpm.config import READING_SETTINGS, Config, DataConfig, TrainingConfig
+from hpc_ddpm.config import Config, TrainingConfig
+from hpc_ddpm.data.agreement import agree_with_packed
 from hpc_ddpm.data.dataset import VolumeDataset
 from hpc_ddpm.data.pool import Progress
 from hpc_ddpm.data.stage import stage
 from hpc_ddpm.diffusion.gaussian import training_loss
 from hpc_ddpm.diffusion.schedules import Schedule, build_schedule
 from hpc_ddpm.distributed import Ranks, StopFlag, all_or_none
-from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.files import write_json, writing_to
-from hpc_ddpm.runlog import RunLog
+from hpc_ddpm.runlog import RunLog, provenance
 from hpc_ddpm.training.engine import Engine, learning_rate
 from hpc_ddpm.training.faults import Fault
 from hpc_ddpm.training.feed import Feed
@@ -39,9 +38,6 @@ from hpc_ddpm.training.validation import Validation
 from hpc_ddpm.training.watchdog import Watchdog
 
 START_FILE = "start.json"
-GEOMETRY = ("size", "orientation", "voxel_size_mm", "fit", "crop_center")
-AS_PACKED = ("modalities", *GEOMETRY, "normalization", "low", "high", "zscore_clip", "labels")
-"""Of data.*: what the volumes look like. A run prepares masks by its own settings when it samples."""
 OnLog = Callable[[int, Mapping[str, float]], None]
 
 
@@ -69,8 +65,8 @@ def train(
 
     Args:
         config: complete; `data.path` names the packed dataset.
-        run_dir: takes `config.json`, metrics, TensorBoard files, previews, `deepspeed.json`, `start.json`, the choice
-            of `activation_checkpointing=auto` and checkpoints.
+        run_dir: takes `config.json`, `provenance.json`, metrics, TensorBoard files, previews, `deepspeed.json`,
+            `start.json`, the choice of `activation_checkpointing=auto` and checkpoints.
         ranks: as detected.
         device: of this rank.
         on_log: called on rank 0 after every step, with the numbers of the step where they were logged.
@@ -153,6 +149,7 @@ def _train_from(
         engine = stack.enter_context(closing(Engine(config, ranks, device, folder)))
         if ranks.is_main:
             write_json(run_dir / CONFIG_FILE, wanted.dump(), indent=2)  # not before all else has agreed to it
+            write_json(run_dir / "provenance.json", provenance() | {"world_size": ranks.world_size}, indent=2)
             settings = {"given": engine.settings, "resolved": engine.resolved_settings}
             write_json(run_dir / "deepspeed.json", settings, indent=2)
             if folder is None:
@@ -250,31 +247,3 @@ def _look(
         with meter.apart("preview_s"):
             seen |= previews.make(engine, step, log)
     return seen
-
-
-def agree_with_packed(data: DataConfig) -> DataConfig:
-    """The packed dataset's own description, with this run's reading settings and covariates, which may be fewer.
-
-    Raises:
-        ConfigError: the run asks for other modalities, labels, geometry, intensities or covariates than were packed.
-    """
-    from hpc_ddpm.data.shards import open_packed
-
-    if not data.path:
-        raise ConfigError("no data: give --data PACKED (or data.path), a folder made by `hpc-ddpm pack`")
-    dataset = open_packed(data.path)
-    packed = dataset.data
-    for name in AS_PACKED:
-        found, wanted = getattr(packed, name), getattr(data, name)
-        if found != wanted:
-            raise ConfigError(
-                f"data.{name}: {data.path} was packed with {_plain(found)}, this run asks for {_plain(wanted)}; "
-                "train with the configuration it was packed with, or pack again"
-            )
-    dataset.check_covariates(data.covariates)
-    own = (*READING_SETTINGS, "covariates")
-    return packed.model_copy(update={name: getattr(data, name) for name in own})
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if hasattr(value, "model_dump") else list(value) if isinstance(value, tuple) else value

@@ -192,6 +192,7 @@ def test_a_benchmark_that_cannot_be_a_job(laptop: Cli, words: list[str], part: s
         (["--gpus-per-node", "3"], "4 is not a multiple of micro_batch x ranks = 1 x 3"),
         (["--tasks", "2"], "--tasks: a training is one job"),
         (["training.zero_stag=1"], "did you mean 'training.zero_stage'"),
+        (["data.fit=resize"], "packed with crop_pad, this run asks for resize"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_queued(
@@ -365,8 +366,12 @@ def test_a_job_runs_the_code_that_was_submitted(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ after the end
 
 
-def ended(mark: str, *, is_excused: bool = False) -> dict[str, object]:
-    return {"event": "end", "mark": mark, "is_excused": is_excused}
+def ended(mark: str, *, is_excused: bool = False, is_orderly: bool = False) -> dict[str, object]:
+    return {"event": "end", "mark": mark, "is_excused": is_excused, "is_orderly": is_orderly}
+
+
+def stopped(mark: str) -> dict[str, object]:
+    return ended(mark, is_orderly=True)
 
 
 def at_limit(mark: str) -> End:
@@ -381,10 +386,18 @@ def at_limit(mark: str) -> End:
         (End(143, ranks=(2,)), [], 0, False, "failed with exit code 2"),  # srun ended the others, the highest code wins
         (End(143, "a", (143, 143)), [], 9, True, "stopped by SIGTERM"),
         (End(143, "a", (143,), share=0.1), [ended("a", is_excused=True)] * 8, 8, True, "stopped by SIGTERM"),
-        (at_limit("b"), [ended("a"), ended("a")], 2, True, "stopped by SIGUSR2, requeued after 2 restarts"),
-        (at_limit("a"), [ended("0"), ended("a"), ended("a")], 3, True, "stopped by SIGUSR2"),
-        (at_limit("a"), [ended("a")] * 3, 3, False, "3 starts in a row without progress, the last: stopped by SIGUSR2"),
-        (at_limit("a"), [ended("a"), ended("a", is_excused=True), ended("a")], 3, True, "stopped by SIGUSR2"),
+        (at_limit("b"), [stopped("a"), stopped("a")], 2, True, "stopped by SIGUSR2, requeued after 2 restarts"),
+        (at_limit("a"), [stopped("0"), stopped("a"), stopped("a")], 3, True, "stopped by SIGUSR2"),
+        (
+            at_limit("a"),
+            [stopped("a")] * 3,
+            3,
+            False,
+            "3 starts in a row without progress, the last: stopped by SIGUSR2",
+        ),
+        (at_limit("a"), [stopped("a"), ended("a", is_excused=True), stopped("a")], 3, True, "stopped by SIGUSR2"),
+        (at_limit("a"), [ended("a"), stopped("a")], 2, False, "3 starts in a row without progress"),
+        (End(137, "a", (75,)), [stopped("a"), ended("a")], 2, True, "a rank was lost"),
         (End(143, "a", (140,)), [], 8, True, "stopped by SIGUSR2"),  # srun ended a slower rank
         (End(143, "a", (143,)), [], 10, False, "max_requeues"),
         (End(137, "a", (75,)), [], 0, True, "a rank was lost"),

@@ -19,6 +19,7 @@ from hpc_ddpm.benchmark.ddp import DdpEngine
 from hpc_ddpm.benchmark.device import synchronize
 from hpc_ddpm.benchmark.timing import take_turns
 from hpc_ddpm.config import Config
+from hpc_ddpm.data.agreement import agree_with_packed
 from hpc_ddpm.data.dataset import VolumeDataset
 from hpc_ddpm.data.loader import build_loader
 from hpc_ddpm.data.stage import stage
@@ -27,7 +28,7 @@ from hpc_ddpm.distributed import Ranks, StopFlag, all_gather, all_or_none
 from hpc_ddpm.model.planner import GIB
 from hpc_ddpm.training.engine import Engine
 from hpc_ddpm.training.feed import Feed
-from hpc_ddpm.training.loop import advance, agree_with_packed
+from hpc_ddpm.training.loop import advance
 from hpc_ddpm.training.meter import Meter
 from hpc_ddpm.training.profiling import WHERE_FILE, Profiler
 from hpc_ddpm.training.saver import Saver
