@@ -123,7 +123,11 @@ def _start(trial: Trial, profile: Profile) -> None:
 def _watch(trials: Sequence[Trial]) -> None:
     """Until all have ended; those that wait for a signal get it once they train."""
     while True:
-        jobs = [look(read_submissions(trial.run)[-1:])[0] for trial in trials]
+        try:
+            jobs = [look(read_submissions(trial.run)[-1:])[0] for trial in trials]
+        except ClusterError:  # SLURM is busy
+            time.sleep(POLL_S)
+            continue
         for trial, job in zip(trials, jobs, strict=True):
             if trial.signals and not trial.was_disturbed and job.live and any(read_metrics(trial.run)):
                 trial.was_disturbed = True

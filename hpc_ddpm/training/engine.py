@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hpc_ddpm.checkpoint import Piece, PieceReader, read_manifest
+from hpc_ddpm.checkpoint import Piece, PieceReader, agree_on_latest, read_manifest
 from hpc_ddpm.config import Config, TrainingConfig
 from hpc_ddpm.diffusion.gaussian import Model
 from hpc_ddpm.distributed import Ranks, all_or_none, resolve_precision
@@ -24,7 +24,7 @@ from hpc_ddpm.model.initial import initial_tensors
 from hpc_ddpm.model.unet3d import build_unet
 from hpc_ddpm.training.deepspeed_config import deepspeed_config, resolved_config
 from hpc_ddpm.training.ema import Ema
-from hpc_ddpm.training.finetune import freeze, start_from
+from hpc_ddpm.training.finetune import Start, freeze, start_from
 from hpc_ddpm.training.partitions import STATE_KEYS, Partition, own_part, whole_shape
 
 SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -70,7 +70,7 @@ class Engine:
         deepspeed = import_deepspeed(device)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes up the group that is there
         reader = None if checkpoint is None else PieceReader(checkpoint)
-        start = all_or_none(partial(start_from, config)) if reader is None and training.init_from else None
+        start = _start(config, ranks) if reader is None and training.init_from else None
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             # at stage 3 no rank ever holds the whole network
@@ -236,6 +236,12 @@ class Engine:
             for fragment in self.partition.fragments:
                 values = reader.read(kind, fragment.name, fragment.start, fragment.numel)
                 self.partition.view(tensors, fragment).copy_(values)
+
+
+def _start(config: Config, ranks: Ranks) -> Start:
+    """Of a run that may still train, all ranks take the checkpoint that one of them has verified."""
+    newest = agree_on_latest(Path(config.training.init_from) / "checkpoints", ranks)
+    return all_or_none(partial(start_from, config, newest))
 
 
 def _whole(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:

@@ -15,7 +15,7 @@ from hpc_ddpm.errors import CheckpointError, ConfigError
 from hpc_ddpm.model.covariates import feature_names
 from hpc_ddpm.model.initial import initial_tensors
 from hpc_ddpm.model.unet3d import build_unet
-from hpc_ddpm.weights import read_weights
+from hpc_ddpm.weights import find_run_weights, read_weights
 
 EMBEDDING = "covariate_embed."
 INPUT, FEATURES = "input_blocks.0.0.weight", f"{EMBEDDING}0.weight"
@@ -40,11 +40,15 @@ class Start:
     report: dict[str, Any]
 
 
-def start_from(config: Config) -> Start:
+def start_from(config: Config, checkpoint: Path | None = None) -> Start:
     """The weights of `training.init_from` for the network of `config`.
 
     Modalities and labels are matched by name; where none is known and there are as many as before, in their order. A
     new one starts at zero: the network begins as the old one, and learns to see and to draw it. So do new covariates.
+
+    Args:
+        config: of the new run.
+        checkpoint: a verified one, where `training.init_from` is a run; None looks for the newest.
 
     Raises:
         CheckpointError: no weights there, or their network or diffusion differs in more than modalities and labels.
@@ -54,7 +58,7 @@ def start_from(config: Config) -> Start:
         raise CheckpointError(
             f"{source} has no configuration in it; import it first: hpc-ddpm weights import {source} --preset NAME"
         )
-    weights = read_weights(source)
+    weights = find_run_weights(source, checkpoint=checkpoint) if checkpoint else read_weights(source)
     old, new = weights.config.data, config.data
     _check_meaning(source, weights.config, config)
     _check_scales(source, old, new)
