@@ -137,16 +137,14 @@ SLOW = """
 """
 
 
-def start(data: DataConfig, tmp_path: Path, delay_s: float) -> subprocess.Popen[str]:
+def start(data: DataConfig, delay_s: float) -> subprocess.Popen[str]:
     """A process that stages, with a pause within the copy of each shard."""
-    script = tmp_path / "stage.py"
-    script.write_text(textwrap.dedent(SLOW))
-    command = [sys.executable, str(script), data.model_dump_json(), str(delay_s)]
+    command = [sys.executable, "-c", textwrap.dedent(SLOW), data.model_dump_json(), str(delay_s)]
     return subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, text=True)
 
 
 def test_of_several_processes_one_copies(data: DataConfig, tmp_path: Path) -> None:
-    processes = [start(data, tmp_path, 0.3) for _ in range(3)]
+    processes = [start(data, 0.3) for _ in range(3)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert sum(output.count("hash") for output in outputs) == 3 + 3  # each names the dataset; a shard is copied once
@@ -154,7 +152,7 @@ def test_of_several_processes_one_copies(data: DataConfig, tmp_path: Path) -> No
 
 
 def test_a_killed_copier_is_taken_over(data: DataConfig, tmp_path: Path) -> None:
-    process = start(data, tmp_path, 60)
+    process = start(data, 60)
     folder = staging.expand(data.stage_dir) / f"hpc_ddpm-{os.getuid()}"
     while not (folder / "lock").exists():
         time.sleep(0.02)
