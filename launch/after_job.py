@@ -47,15 +47,8 @@ def main() -> None:
     ranks = [end["code"] for end in read_events(given.run_dir, task_id(), kind="ranks") if end["time"] > since]
     end = End(given.code, mark, tuple(ranks), has_hung(given.run_dir, since), (now - began) / given.limit_s)
     comes_back, why = decide(end, ends, restarts, given.max_requeues, given.max_crashes)
-    event = {
-        "event": "end",
-        "time": now,
-        "code": given.code,
-        "mark": mark,
-        "is_excused": end.is_excused,
-        "is_orderly": bool(end.agreed_signal),
-    }
-    add_event(given.run_dir, task_id(), event | {"requeued": comes_back, "why": why})
+    event = {"event": "end", "time": now, "code": given.code, **end.record, "requeued": comes_back, "why": why}
+    add_event(given.run_dir, task_id(), event)
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} hpc-ddpm {given.stage}: {why}", flush=True)
     sys.exit(0 if comes_back else 1)
 
@@ -78,6 +71,11 @@ class End:
     def is_excused(self) -> bool:
         """Preempted early, however often, a run may not have come to its next mark; in half its time it should have."""
         return bool(self.agreed_signal) and self.share < ENOUGH
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What later ends need to know of it."""
+        return {"mark": self.mark, "is_excused": self.is_excused, "is_orderly": bool(self.agreed_signal)}
 
     @property
     def agreed_signal(self) -> str:
@@ -115,8 +113,7 @@ def decide(
     if restarts >= max_requeues:
         return False, f"ended after {restarts} restarts, the most that the profile allows (max_requeues)"
     found = end.reason if end.agreed_signal else f"{end.reason} (exit code {end.code}, at {end.mark})"
-    this = {"mark": end.mark, "is_excused": end.is_excused, "is_orderly": bool(end.agreed_signal)}
-    at_mark = list(takewhile(lambda one: one["mark"] == end.mark, [this, *reversed(ends)]))
+    at_mark = list(takewhile(lambda one: one["mark"] == end.mark, [end.record, *reversed(ends)]))
     in_a_row = list(takewhile(lambda one: not one["is_excused"], at_mark))
     crashes = len(in_a_row) - (len(in_a_row) == len(at_mark) and at_mark[-1]["is_orderly"])
     if crashes >= max_crashes:

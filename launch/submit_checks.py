@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hpc_ddpm.config import Config, load_config
+from hpc_ddpm.config import Config, load_config, with_overrides
 from hpc_ddpm.errors import ConfigError
 
 Given = dict[str, Any]
@@ -59,7 +59,6 @@ def check_sampling(given: Given) -> None:
     from hpc_ddpm.sampling.plan import read_manifest
     from hpc_ddpm.training.resume import stored_config
     from launch.sample_commands import as_settings
-    from launch.stages import with_overrides
 
     _exists(given["source"], "give a run directory or imported weights")
     settings = as_settings(given["overrides"], given["replicas"], given["reject_below"], given["max_tries"])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from hpc_ddpm.checkpoint import FORMAT_VERSION, checkpoint_dir
 from hpc_ddpm.config import Config, load_config, with_overrides
-from hpc_ddpm.data.dataset import VolumeDataset
+from hpc_ddpm.data.resplit import resplit
+from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.distributed import Ranks, process_group
 from hpc_ddpm.errors import ConfigError, HpcDdpmError
 from hpc_ddpm.training.loop import train
@@ -58,13 +60,14 @@ def test_a_refused_start_leaves_no_trace_to_trip_over(
 
 
 def test_other_volumes_are_refused(tiny_packed: Path, tmp_path: Path) -> None:
-    dataset = VolumeDataset(tiny_packed)
-    digest = dataset.digest
-    assert digest == VolumeDataset(tiny_packed).digest
+    digest = open_packed(tiny_packed).digest("train")
     (tmp_path / "MANIFEST.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "data_digest": digest}))
-    dataset.subjects = dataset.subjects[1:]
+    check_data(tmp_path, tiny_packed)
+    shutil.copytree(tiny_packed, tmp_path / "packed")
+    ids = [subject.id for subject in open_packed(tiny_packed).subjects()]
+    resplit(tmp_path / "packed", dict.fromkeys(ids, "train"))
     with pytest.raises(ConfigError, match="trained on other volumes"):
-        check_data(tmp_path, dataset.digest)
+        check_data(tmp_path, tmp_path / "packed")
 
 
 def test_the_length_of_a_cosine_is_part_of_it(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import TypedDict
 
@@ -87,12 +86,6 @@ class VolumeDataset(Dataset[Item]):
         """(N, V) float32 of the split, see `Packed.covariates`; also its errors."""
         of_all = self.packed.covariates(wanted)
         return torch.from_numpy(of_all[[subject.index for subject in self.subjects]]).float()
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of ids and checksums: the same volumes in the same order, however they are stored."""
-        sums = ((subject.id, *self.packed.checksums(subject.index)) for subject in self.subjects)
-        return sha256("\n".join(map(" ".join, sums)).encode()).hexdigest()
 
     def keep_in_ram(self) -> None:
         """Decode every volume once and keep it, for all ranks of the node; a collective.

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from hpc_ddpm.config import READING_SETTINGS, CovariateConfig, DataConfig
-from hpc_ddpm.data.chunks import UNDECODABLE, OpenShard, crc32
+from hpc_ddpm.data.chunks import UNDECODABLE, VOLUMES, OpenShard, crc32
 from hpc_ddpm.data.geometry import Geometry
 from hpc_ddpm.data.nifti import Affine
 from hpc_ddpm.errors import ConfigError, DataFormatError
@@ -234,9 +234,10 @@ class Packed:
         wanted = {code for code, name in enumerate(SPLITS) if split in (None, name)}
         return [PackedSubject(i, name, SPLITS[code]) for i, (name, code) in rows if code in wanted]
 
-    def checksums(self, index: int) -> tuple[str, str]:
-        """Of a subject's image (all channels) and mask as stored, decoded: CRC-32 in hexadecimal."""
-        return self._index.crc32("image", index), self._index.crc32("mask", index)
+    def digest(self, split: str) -> str:
+        """SHA-256 of ids and checksums of a split: the same volumes in the same order, however they are stored."""
+        parts = ((one.id, *(self._index.crc32(name, one.index) for name in VOLUMES)) for one in self.subjects(split))
+        return sha256("\n".join(map(" ".join, parts)).encode()).hexdigest()
 
     def read(self, index: int, image: Array | None = None, mask: Array | None = None) -> tuple[Array, Array]:
         """Image (C, D, H, W) int16 or float32 as stored, and mask (D, H, W) uint8, checked against their CRC.

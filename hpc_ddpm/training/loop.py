@@ -89,10 +89,10 @@ def train(
     if start >= training.num_steps:
         return TrainResult(start, start, 0)
     config = config.model_copy(update={"data": agree_with_packed(config.data)})
+    if folder:
+        all_or_none(partial(check_data, folder, config.data.path))
     config = settle_memory(config, run_dir, ranks, device, on_choice)
     dataset = VolumeDataset(all_or_none(partial(stage, config.data, on_stage)), "train")
-    if folder:
-        all_or_none(partial(check_data, folder, dataset.digest))
     if config.data.cache == "ram":
         dataset.keep_in_ram()
     with nullcontext(stop) if stop else StopFlag() as stop:
@@ -139,6 +139,7 @@ def _train_from(
     guard = StepGuard(training.max_bad_steps, start, tell=ranks.is_main)
     spikes, fault = SpikeDetector(), Fault(ranks)
     packed = dataset.packed.path
+    digests = {"config_digest": config.digest(), "data_digest": dataset.packed.digest("train")}
     validation, previews = None, None
     if training.validate_every_steps:
         validation = all_or_none(partial(Validation, config, packed, ranks, device))
@@ -190,7 +191,7 @@ def _train_from(
                     on_log(logged_step, values)
             if is_save:
                 watchdog.beat(f"step {step}, before a checkpoint")
-                facts = {"config_digest": config.digest(), "data_digest": dataset.digest, **engine.facts()}
+                facts = {**digests, **engine.facts()}
                 background = training.async_checkpoints and not is_last
                 saver.save(step, facts, engine.pieces(), background=background)
         stop.agreed(device)  # nothing has failed on any rank

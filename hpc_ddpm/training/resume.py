@@ -83,18 +83,20 @@ def check_resume(run_dir: Path, wanted: Config) -> None:
         raise ConfigError(f"{run_dir} was started with other settings: {shown}; choose another --out or keep them")
 
 
-def check_data(checkpoint: Path, digest: str) -> None:
+def check_data(checkpoint: Path, packed: str | Path) -> None:
     """Refuse to go on from a checkpoint with other volumes, which would come in another order.
 
     Args:
         checkpoint: folder of a complete one.
-        digest: of the dataset, see `VolumeDataset.digest`.
+        packed: folder of the dataset.
 
     Raises:
         ConfigError: the train split has other subjects or voxels.
     """
     from hpc_ddpm.checkpoint import read_manifest
+    from hpc_ddpm.data.shards import open_packed
 
+    digest = open_packed(packed).digest("train")
     if read_manifest(checkpoint).get("data_digest", digest) != digest:
         raise ConfigError(
             f"{checkpoint} was trained on other volumes than data.path has in its train split; give the same dataset, "
