@@ -6,21 +6,21 @@ in several separate one-rank runs, and mpi4py is imported only where mpirun star
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from hpc_ddpm.errors import ClusterError, ConfigError, HpcDdpmError, LostRankError
+from hpc_ddpm.device import local_device
+from hpc_ddpm.errors import ClusterError, HpcDdpmError, LostRankError
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +29,6 @@ T = TypeVar("T")
 FAILED = 1000
 """Above every signal number."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-KNOWN_BAD_CUDNN = range(90_800, 91_500)
-"""bf16 conv3d is wrong up to 9.10 (pytorch#163539); PyTorch goes round these up to 9.14, slowly (pytorch#166643)."""
-BAD_CPU_DEPTH = 2
-"""bf16 weight gradients of conv3d hold uninitialised memory at this depth (seen in PyTorch 2.13, AVX512-BF16)."""
 LOST = re.compile(r"Connection (closed by peer|reset|refused)|[Tt]imed out|[Tt]imeout|NCCL (error|communicator)")
 """How torch says that another rank is gone."""
 TIMEOUT_S = 1800.0
@@ -245,97 +241,6 @@ def _export(ranks: Ranks, device: torch.device, address: str, port: int) -> None
     os.environ.update({name: str(value) for name, value in zip(RANK_VARIABLES, facts, strict=True)})
     if OPEN_MPI_LOCAL_RANK in os.environ:  # DeepSpeed asks for the same
         os.environ[OPEN_MPI_LOCAL_RANK] = str(local_rank)
-
-
-def give_back_freed_memory() -> None:
-    """Let glibc return every freed block of 1 MiB or more to the system; elsewhere do nothing.
-
-    By default its threshold rises to 32 MiB while a process runs, and smaller tensors then come from a heap that keeps
-    what is freed: the process grows by up to twice what its tensors take.
-    """
-    mmap_threshold = -3  # malloc.h
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks for the next allocation; elsewhere do nothing.
-
-    By default it returns them to the system, and activations on a CPU cost a page fault per 4 KiB each time they
-    are made: a tenth of a denoising step.
-    """
-    mmap_max, trim_threshold = -4, -1  # malloc.h
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def local_device(ranks: Ranks) -> torch.device:
-    """This rank's GPU, or the CPU where there is none (or HPC_DDPM_DEVICE=cpu asks for it).
-
-    From here on fp32 is fp32 in this process: PyTorch computes convolutions on GPUs in TF32 by default.
-
-    Raises:
-        ClusterError: fewer visible GPUs than ranks on this node.
-    """
-    import torch
-
-    if os.environ.get("HPC_DDPM_DEVICE") == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    index = ranks.local_rank if visible > 1 else 0
-    if index >= visible or (visible == 1 and ranks.local_world_size > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ):
-        raise ClusterError(
-            f"{ranks.local_world_size} ranks on this node but {visible} visible GPU(s); start one rank per GPU "
-            "or set HPC_DDPM_DEVICE=cpu"
-        )
-    torch.cuda.set_device(index)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return torch.device("cuda", index)
-
-
-def resolve_precision(precision: str, device: torch.device, depths: Sequence[int] = ()) -> str:
-    """`auto` to `bf16` where the device computes it fast and right, else `fp32`.
-
-    Args:
-        precision: as set.
-        device: of this rank.
-        depths: for training, voxels along Z at every level of the network.
-
-    Raises:
-        ConfigError: bf16 asked for where cuDNN, or PyTorch on a CPU, is known to compute it wrongly.
-    """
-    import torch
-
-    if device.type == "cpu" and BAD_CPU_DEPTH in depths:
-        if precision == "bf16":
-            raise ConfigError(
-                f"a level of the network is {BAD_CPU_DEPTH} voxels deep (Z), where PyTorch computes bf16 weight "
-                "gradients wrongly on CPUs; set training.precision=fp32, or another data.size or fewer levels"
-            )
-        return "fp32" if precision == "auto" else precision
-    cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
-    is_bad = cudnn is not None and cudnn in KNOWN_BAD_CUDNN
-    if precision == "bf16" and is_bad:
-        raise ConfigError(
-            f"cuDNN {cudnn} computes bf16 conv3d wrongly, or PyTorch does without it; install 9.15 or newer, "
-            "or precision=fp32"
-        )
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("precision=fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if precision != "auto":
-        return precision
-    return "bf16" if not is_bad and is_bf16_fast(device) else "fp32"
-
-
-def is_bf16_fast(device: torch.device) -> bool:
-    """Whether bf16 runs in hardware: Ampere or newer GPUs, CPUs with AVX512-BF16 or AMX."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def all_reduce_mean(values: list[float], device: torch.device) -> list[float]:

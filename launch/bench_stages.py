@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hpc_ddpm.config import Config
-from hpc_ddpm.distributed import Ranks, broadcast_object, detect_ranks, keep_freed_memory, process_group
+from hpc_ddpm.device import keep_freed_memory
+from hpc_ddpm.distributed import Ranks, broadcast_object, detect_ranks, process_group
 from hpc_ddpm.errors import ConfigError
 from launch.progress import progress_bar
 
@@ -44,7 +45,7 @@ def bench_sample_stage(
 
     from hpc_ddpm.benchmark.sample import bench_sample
     from hpc_ddpm.benchmark.step import random_network
-    from hpc_ddpm.distributed import resolve_precision
+    from hpc_ddpm.device import resolve_precision
     from hpc_ddpm.weights import Model
 
     keep_freed_memory()
@@ -81,7 +82,7 @@ def tune_stage(
     from hpc_ddpm.benchmark.data.synthetic import pack_phantoms
     from hpc_ddpm.benchmark.gpu_check.run import rows_table
     from hpc_ddpm.benchmark.tune import Candidate, search_space, tune
-    from hpc_ddpm.distributed import local_device, resolve_precision
+    from hpc_ddpm.device import local_device, resolve_precision
     from hpc_ddpm.files import write_text
     from hpc_ddpm.model.planner import GIB, Planner
     from launch.trials import Trial, run_trial
@@ -142,7 +143,7 @@ def ab_stage(
 ) -> Comparison:
     """`hpc-ddpm bench ab`: A is the code of `against` or this one, B is this code with `settings`."""
     from hpc_ddpm.benchmark.compare import compare
-    from hpc_ddpm.distributed import local_device
+    from hpc_ddpm.device import local_device
     from launch.trials import Trial, checkout, run_pairs
 
     out.mkdir(parents=True, exist_ok=True)

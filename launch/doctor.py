@@ -86,7 +86,7 @@ def _deepspeed() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     import torch
 
-    from hpc_ddpm.distributed import KNOWN_BAD_CUDNN
+    from hpc_ddpm.device import KNOWN_BAD_CUDNN
 
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"

@@ -144,7 +144,8 @@ def estimate_command(
     config = load_config(source, overrides).config
     facts: dict[str, Any] = {"gpu": gpu_name, "gpus": world_size, **estimate(config, find_gpu(gpu_name), world_size)}
     if measure:
-        from hpc_ddpm.distributed import Ranks, local_device
+        from hpc_ddpm.device import local_device
+        from hpc_ddpm.distributed import Ranks
         from launch.measure import measure_policies
 
         facts["measured"] = measure_policies(config, local_device(Ranks()))

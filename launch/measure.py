@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from hpc_ddpm.config import Config
-from hpc_ddpm.distributed import resolve_precision
+from hpc_ddpm.device import resolve_precision
 from hpc_ddpm.model.planner import DTYPES, GIB, POLICIES, with_policy
 from hpc_ddpm.model.trace import example_batch, example_loss, release_gradients, trace_step
 from hpc_ddpm.model.unet3d import build_unet

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_ddpm.config import Config, config_from_dict, with_overrides
-from hpc_ddpm.distributed import detect_ranks, keep_freed_memory, local_device, resolve_precision
+from hpc_ddpm.device import keep_freed_memory, local_device, resolve_precision
+from hpc_ddpm.distributed import detect_ranks
 from hpc_ddpm.errors import CheckpointError, ConfigError
 from hpc_ddpm.files import write_json, writing_to
 from launch.progress import progress_bar

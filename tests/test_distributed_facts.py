@@ -9,17 +9,8 @@ import pytest
 import torch
 
 from hpc_ddpm.benchmark.device import exact_fp32
-from hpc_ddpm.distributed import (
-    RANK_VARIABLES,
-    Ranks,
-    StopFlag,
-    _export,
-    detect_ranks,
-    first_host,
-    local_device,
-    process_group,
-    resolve_precision,
-)
+from hpc_ddpm.device import local_device, resolve_precision
+from hpc_ddpm.distributed import RANK_VARIABLES, Ranks, StopFlag, _export, detect_ranks, first_host, process_group
 from hpc_ddpm.errors import ClusterError, ConfigError
 
 TORCHRUN = {

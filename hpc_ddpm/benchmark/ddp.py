@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from hpc_ddpm.benchmark.step import MasterAdam
 from hpc_ddpm.checkpoint import Piece
 from hpc_ddpm.config import Config
-from hpc_ddpm.distributed import Ranks, resolve_precision
+from hpc_ddpm.device import resolve_precision
+from hpc_ddpm.distributed import Ranks
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.model.initial import initial_tensors
 from hpc_ddpm.model.planner import DTYPES

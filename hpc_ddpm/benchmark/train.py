@@ -12,7 +12,8 @@ import torch
 from hpc_ddpm.benchmark.device import Energy, device_name, measure_ceilings
 from hpc_ddpm.benchmark.figures import make_row, warm_up_length
 from hpc_ddpm.config import Config
-from hpc_ddpm.distributed import Ranks, resolve_precision
+from hpc_ddpm.device import resolve_precision
+from hpc_ddpm.distributed import Ranks
 from hpc_ddpm.model.gpus import peak_flops
 from hpc_ddpm.model.planner import DTYPES, GIB, Planner
 from hpc_ddpm.training.loop import train

@@ -17,8 +17,9 @@ import torch
 
 from hpc_ddpm.checkpoint import Piece, PieceReader, agree_on_latest, read_manifest
 from hpc_ddpm.config import Config, TrainingConfig
+from hpc_ddpm.device import resolve_precision
 from hpc_ddpm.diffusion.gaussian import Model
-from hpc_ddpm.distributed import Ranks, all_or_none, resolve_precision
+from hpc_ddpm.distributed import Ranks, all_or_none
 from hpc_ddpm.errors import CheckpointError
 from hpc_ddpm.model.initial import initial_tensors
 from hpc_ddpm.model.unet3d import build_unet

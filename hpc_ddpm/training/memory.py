@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from hpc_ddpm.config import Config
-from hpc_ddpm.distributed import Ranks, give_back_freed_memory, resolve_precision
+from hpc_ddpm.device import give_back_freed_memory, resolve_precision
+from hpc_ddpm.distributed import Ranks
 from hpc_ddpm.files import write_json
 from hpc_ddpm.host import free_memory
 from hpc_ddpm.model.planner import MAX_NUMEL, Planner, record, with_policy

@@ -5,92 +5,26 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-import tomllib
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from hpc_ddpm.config import load_config, presets_dir
-from hpc_ddpm.errors import ClusterError, ConfigError
-from hpc_ddpm.runlog import git_commit, read_metrics
-from launch.after_job import End, decide
-from launch.executor import Request, _submit_slurm, _visible_gpus, submit
-from launch.jobs import StageJob, _export_local_ranks
+from hpc_ddpm.config import load_config
+from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.runlog import git_commit
+from launch.executor import Request, _submit_slurm, submit
+from launch.jobs import StageJob
 from launch.pipeline import _requests
-from launch.profiles import Profile, list_profiles, load_profile
+from launch.profiles import load_profile
 from launch.records import Submission
 from launch.snapshot import take_snapshot
-from launch.watch import live_job
-from tests.conftest import REPOSITORY, TINY, rank_environment
+from tests.conftest import TINY, rank_environment
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def test_shipped_profiles() -> None:
-    assert {name: load_profile(name).executor for name in list_profiles()} == {
-        "debug": "debug",
-        "devcluster": "slurm",
-        "example_dgx": "slurm",
-        "example_university": "slurm",
-        "local": "local",
-    }
-    wheel = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["force-include"]["configs"] == "hpc_ddpm/configs"
-    assert presets_dir() / "cluster" / "local.yaml" == list_profiles()["local"]
-
-
-def test_a_users_own_profile_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    folder = tmp_path / ".config" / "hpc_ddpm" / "cluster"
-    folder.mkdir(parents=True)
-    (folder / "devcluster.yaml").write_text("partition: mine\ntime: 2-12:00:00\n")
-    profile = load_profile("devcluster", {"nodes": 3, "account": None})
-    assert (profile.partition, profile.hours, profile.nodes) == ("mine", 60, 3)
-    assert load_profile("example_university").partition == "gpu-preempt"
-
-
-def test_a_time_is_taken_as_written(tmp_path: Path) -> None:
-    """YAML 1.1 reads it as 30600, a number of base 60."""
-    path = tmp_path / "profile.yaml"
-    path.write_text("nodes: 2\ntime: 8:30:00  # of the night\n")
-    profile = load_profile(str(path))
-    assert (profile.time, profile.limit_s) == ("8:30:00", 30600)
-    assert Profile.model_validate(profile.model_dump(mode="json")) == profile
-
-
-@pytest.mark.parametrize(
-    ("text", "changes", "part"),
-    [
-        ("partition: a\npartitoin: b", {}, r"profile.yaml:2: unknown setting 'partitoin'; did you mean 'partition'"),
-        ("nodes: 1\ntime: 24h", {}, r"profile.yaml:2: '24h' is no time; expected HOURS:MINUTES:SECONDS"),
-        ("nodes: 1\ntime: 1440", {}, r"profile.yaml:2: '1440' is no time; .*such as 24:00:00 or 1-00:00:00"),
-        ("time: 90:00", {}, r"profile.yaml:1: '90:00' is no time"),
-        ("nodes: 1", {"time": "0:05:00"}, "time=0:05:00 is no longer than the warning before its end"),
-        ("memory_per_gpu: 5 GB", {}, r"profile.yaml:1: memory_per_gpu='5 GB'"),
-        ("executor: local\nnodes: 2", {}, "executor local has one node, found nodes=2"),
-        ("partition: a", {"nodes": 0}, "--nodes: nodes=0: input should be greater than or equal to 1"),
-    ],
-)
-def test_mistakes_in_a_profile(tmp_path: Path, text: str, changes: dict[str, int], part: str) -> None:
-    path = tmp_path / "profile.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=part):
-        load_profile(str(path), changes)
-
-
-def test_no_such_profile() -> None:
-    with pytest.raises(ConfigError, match=r"called 'devcluser'; did you mean 'devcluster'"):
-        load_profile("devcluser")
-
-
-# ------------------------------------------------------------------------------------------------------- dry run
 
 
 @pytest.fixture
@@ -361,154 +295,3 @@ def test_a_job_runs_the_code_that_was_submitted(tmp_path: Path) -> None:
     assert all(Path(place).is_relative_to(code) for place in (package, launch, presets))
     assert Path(presets, "cluster", "local.yaml").is_file()
     assert commit == str(git_commit() or "unknown")
-
-
-# ------------------------------------------------------------------------------------------------ after the end
-
-
-def ended(mark: str, *, is_excused: bool = False, is_orderly: bool = False) -> dict[str, object]:
-    return {"event": "end", "mark": mark, "is_excused": is_excused, "is_orderly": is_orderly}
-
-
-def stopped(mark: str) -> dict[str, object]:
-    return ended(mark, is_orderly=True)
-
-
-def at_limit(mark: str) -> End:
-    return End(140, mark, (140,), share=0.99)
-
-
-@pytest.mark.parametrize(
-    ("end", "ends", "restarts", "comes_back", "part"),
-    [
-        (End(0), [], 0, False, "done"),
-        (End(2), [], 0, False, "failed with exit code 2; the log says why"),
-        (End(143, ranks=(2,)), [], 0, False, "failed with exit code 2"),  # srun ended the others, the highest code wins
-        (End(143, "a", (143, 143)), [], 9, True, "stopped by SIGTERM"),
-        (End(143, "a", (143,), share=0.1), [ended("a", is_excused=True)] * 8, 8, True, "stopped by SIGTERM"),
-        (at_limit("b"), [stopped("a"), stopped("a")], 2, True, "stopped by SIGUSR2, requeued after 2 restarts"),
-        (at_limit("a"), [stopped("0"), stopped("a"), stopped("a")], 3, True, "stopped by SIGUSR2"),
-        (
-            at_limit("a"),
-            [stopped("a")] * 3,
-            3,
-            False,
-            "3 starts in a row without progress, the last: stopped by SIGUSR2",
-        ),
-        (at_limit("a"), [stopped("a"), ended("a", is_excused=True), stopped("a")], 3, True, "stopped by SIGUSR2"),
-        (at_limit("a"), [ended("a"), stopped("a")], 2, False, "3 starts in a row without progress"),
-        (End(137, "a", (75,)), [stopped("a"), ended("a")], 2, True, "a rank was lost"),
-        (End(143, "a", (140,)), [], 8, True, "stopped by SIGUSR2"),  # srun ended a slower rank
-        (End(143, "a", (143,)), [], 10, False, "max_requeues"),
-        (End(137, "a", (75,)), [], 0, True, "a rank was lost"),
-        (End(143, "a"), [], 0, True, "ended by a signal before it could save"),
-        (End(143, "a", is_hang=True), [], 0, True, "a rank hung, see stacks-of-rank-*.txt"),
-        (End(143, "a"), [ended("a")] * 2, 2, False, "3 starts in a row without progress, the last: ended by a signal"),
-        (End(137, "a"), [ended("0"), ended("a")], 2, True, "a rank was lost"),
-        (End(137, "a"), [ended("a"), ended("a"), ended("a", is_excused=True)], 3, True, "a rank was lost"),
-    ],
-)
-def test_what_comes_back(end: End, ends: list[dict[str, object]], restarts: int, comes_back: bool, part: str) -> None:
-    found, why = decide(end, ends, restarts, max_requeues=10, max_crashes=3)
-    assert found == comes_back
-    assert part in why
-
-
-# --------------------------------------------------------------------------------------------------- this machine
-
-
-@pytest.mark.slow
-def test_local_ranks_in_the_background(cli: Cli, tiny_packed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    words = ["--out", run, "--data", tiny_packed, *TINY]
-    submitted = cli("submit", "train", "--cluster", "local", *words)
-    assert submitted.returncode == 0, submitted.stderr
-    job = live_job(run)
-    assert job is not None
-    assert f"job {job} is queued or runs already" in cli("submit", "train", *words).stderr
-    assert cli("jobs", "wait", run).returncode == 0, cli("jobs", "logs", run).stdout
-    facts = json.loads(cli("jobs", "show", run, "--json").stdout)
-    assert (facts["state"], facts["ranks"], facts["progress"]["done"]) == ("COMPLETED", 2, 6)
-    assert "rank 1 of 2" in cli("jobs", "logs", run, "--rank", "1").stdout
-    assert len(list(read_metrics(run))) == 6
-    assert "all of job" in cli("jobs", "retry", run).stderr
-    assert json.loads((run / "provenance.json").read_text())["git_commit"] == facts["commit"]
-
-
-@pytest.mark.parametrize(
-    ("given", "ranks", "seen"), [("2,3", 1, "2"), ("GPU-a,GPU-b", 2, "GPU-a,GPU-b"), ("", 2, ""), ("-1", 2, "-1")]
-)
-def test_local_ranks_see_the_gpus_that_were_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, ranks: int, seen: str
-) -> None:
-    """Named in the shell or in the profile, which wins; submitit's own count starts at 0."""
-    for in_profile in (False, True):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7" if in_profile else given)
-        own = {"CUDA_VISIBLE_DEVICES": given} if in_profile else {}
-        profile = load_profile("local").model_copy(update={"environment": own})
-        variables = _visible_gpus(Request("train", (), tmp_path, profile, ranks_per_node=ranks))
-        submitits = {"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1", "CUDA_VISIBLE_DEVICES": "0,1"}
-        with monkeypatch.context() as inside:
-            for name, value in {**submitits, **variables}.items():
-                inside.setenv(name, value)
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
-                inside.setenv(name, "")  # put back at the end
-            _export_local_ranks()
-            assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
-
-
-def test_fewer_gpus_than_local_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    monkeypatch.delenv("HPC_DDPM_DEVICE", raising=False)
-    request = Request("train", ("train",), tmp_path / "run", load_profile("local"), ranks_per_node=2)
-    with pytest.raises(ClusterError, match="2 GPUs are asked for, but CUDA_VISIBLE_DEVICES=3 names 1"):
-        submit(request)
-
-
-@pytest.mark.slow
-def test_local_ranks_outlive_the_terminal(tiny_packed: Path, tmp_path: Path) -> None:
-    """Ctrl-C and a closed terminal reach whatever was started there."""
-    run = tmp_path / "run"
-    words = ["--out", run, "--data", tiny_packed, *TINY, "training.num_steps=100000"]
-    command = [sys.executable, "-m", "launch.cli", "submit", "train", "--gpus-per-node", "1", *map(str, words)]
-    env = rank_environment() | {"CUDA_VISIBLE_DEVICES": "2,3"}
-    terminal = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True)
-    said = terminal.communicate(timeout=100)[0]
-    job = int(said.split("job ")[1].split(":")[0])
-    try:
-        assert os.getsid(job) != terminal.pid
-        for number in (signal.SIGHUP, signal.SIGINT):
-            with suppress(ProcessLookupError):  # as it should be: nothing of this job is left there
-                os.killpg(terminal.pid, number)
-        while not any(read_metrics(run)):
-            assert live_job(run), (run / "jobs" / f"{job}_0_log.out").read_text()
-            time.sleep(0.05)
-    finally:
-        os.kill(job, signal.SIGTERM)
-    while live_job(run):
-        time.sleep(0.05)
-    log = (run / "jobs" / f"{job}_0_log.out").read_text()
-    assert "CUDA_VISIBLE_DEVICES 2\n" in log
-    assert "stopped by SIGTERM at step" in log
-
-
-@pytest.mark.slow
-def test_a_cancelled_local_training_has_saved(cli: Cli, tiny_packed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    words = ["--out", run, "--data", tiny_packed, *TINY, "training.num_steps=100000"]
-    assert cli("submit", "train", "--gpus-per-node", "1", *words).returncode == 0
-    while not any(read_metrics(run)):
-        assert live_job(run), cli("jobs", "logs", run).stdout
-    assert cli("jobs", "cancel", run).returncode == 0
-    assert cli("jobs", "wait", run).returncode == 2
-    assert "stopped by SIGTERM at step" in cli("jobs", "logs", run).stdout
-    assert "CANCELLED" in cli("jobs", "ls", tmp_path).stdout
-    assert list((run / "checkpoints").iterdir())
-
-
-def test_debug_runs_in_this_process(cli: Cli, tmp_path: Path) -> None:
-    done = cli("submit", "train", "--cluster", "debug", "--out", tmp_path / "run", *TINY)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "no data: give --data PACKED" in done.stderr
-    assert "no job was submitted for it" in cli("jobs", "show", tmp_path).stderr
-    assert not any(tmp_path.iterdir())

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from hpc_ddpm.benchmark.device import describe_gpu, synchronize
 from hpc_ddpm.benchmark.record import Report, describe, environment, new_report, table, write_report
 from hpc_ddpm.benchmark.timing import spread, take_turns
-from hpc_ddpm.distributed import Ranks, local_device
+from hpc_ddpm.device import local_device
+from hpc_ddpm.distributed import Ranks
 from hpc_ddpm.files import write_text
 from tests.peers.contestants import EVALUATIONS, SAMPLING, TIMESTEPS, TRAINING, Size
 

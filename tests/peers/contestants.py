@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from hpc_ddpm.benchmark.data.med_ddpm import importable
 from hpc_ddpm.benchmark.step import synthetic_batch
 from hpc_ddpm.config import Config, load_config
+from hpc_ddpm.device import keep_freed_memory
 from hpc_ddpm.diffusion import NoiseSource, build_schedule, draw_training, sample, training_loss
-from hpc_ddpm.distributed import detect_ranks, keep_freed_memory, process_group
+from hpc_ddpm.distributed import detect_ranks, process_group
 from hpc_ddpm.model import build_unet
 
 TIMESTEPS = 250

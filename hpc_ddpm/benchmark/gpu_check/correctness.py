@@ -26,10 +26,11 @@ from hpc_ddpm.benchmark.step import PlainStep, random_network, synthetic_batch
 from hpc_ddpm.config import Config, SamplingConfig
 from hpc_ddpm.data.dataset import Batch
 from hpc_ddpm.data.loader import copy_ahead
+from hpc_ddpm.device import KNOWN_BAD_CUDNN
 from hpc_ddpm.diffusion.noise import NoiseSource
 from hpc_ddpm.diffusion.samplers import SAMPLERS, sample
 from hpc_ddpm.diffusion.schedules import build_schedule
-from hpc_ddpm.distributed import KNOWN_BAD_CUDNN, detect_ranks, process_group
+from hpc_ddpm.distributed import detect_ranks, process_group
 from hpc_ddpm.model.norm import GroupNormSiLU
 from hpc_ddpm.model.planner import DTYPES, FRAMEWORK_BYTES, GIB, POLICIES, Planner
 

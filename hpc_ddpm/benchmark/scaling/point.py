@@ -15,7 +15,8 @@ from hpc_ddpm.benchmark.comm import bench_comm  # noqa: E402
 from hpc_ddpm.benchmark.device import describe_gpu, device_name, measure_ceilings  # noqa: E402
 from hpc_ddpm.benchmark.scaling.race import race  # noqa: E402
 from hpc_ddpm.config import config_from_dict  # noqa: E402
-from hpc_ddpm.distributed import detect_ranks, process_group, resolve_precision  # noqa: E402
+from hpc_ddpm.device import resolve_precision  # noqa: E402
+from hpc_ddpm.distributed import detect_ranks, process_group  # noqa: E402
 from hpc_ddpm.errors import HpcDdpmError  # noqa: E402
 from hpc_ddpm.files import write_json  # noqa: E402
 from hpc_ddpm.model.planner import DTYPES  # noqa: E402
