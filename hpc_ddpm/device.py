@@ -20,6 +20,9 @@ KNOWN_BAD_CUDNN = range(90_800, 91_500)
 BAD_CPU_DEPTH = 2
 """bf16 weight gradients of conv3d hold uninitialised memory at this depth (seen in PyTorch 2.13, AVX512-BF16)."""
 
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""What ONEDNN_MAX_CPU_ISA can be where oneDNN has no bf16 instructions to use."""
+
 
 def give_back_freed_memory() -> None:
     """Let glibc return every freed block of 1 MiB or more to the system; elsewhere do nothing.
@@ -109,4 +112,17 @@ def is_bf16_fast(device: torch.device) -> bool:
 
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    return has_native_bf16()
+
+
+def has_native_bf16() -> bool:
+    """Whether oneDNN computes bf16 in hardware on this CPU, by AVX512-BF16 or AMX; ONEDNN_MAX_CPU_ISA may forbid it.
+
+    Elsewhere PyTorch emulates bf16, many times as slowly as fp32 and with other memory for its work.
+    """
+    import torch
+
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    if limit.upper() in WITHOUT_BF16:
+        return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpc_ddpm.benchmark.device import exact_fp32
-from hpc_ddpm.device import local_device, resolve_precision
+from hpc_ddpm.device import has_native_bf16, local_device, resolve_precision
 from hpc_ddpm.distributed import RANK_VARIABLES, Ranks, StopFlag, _export, detect_ranks, first_host, process_group
 from hpc_ddpm.errors import ClusterError, ConfigError
 
@@ -157,3 +157,12 @@ def test_bf16_is_not_used_where_cpus_compute_it_wrongly() -> None:
     assert resolve_precision("bf16", cpu, [8, 4, 1]) == "bf16"
     with pytest.raises(ConfigError, match=r"2 voxels deep .*set training\.precision=fp32"):
         resolve_precision("bf16", cpu, [8, 4, 2])
+
+
+def test_bf16_follows_what_one_dnn_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for limit, expected in (("", True), ("avx512_core_bf16", True), ("AVX2", False), ("avx512_core", False)):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert has_native_bf16() is expected
+        assert resolve_precision("auto", cpu) == ("bf16" if expected else "fp32")
