@@ -21,6 +21,11 @@ class ConfigError(HpcDdpmError):
 class DataFormatError(HpcDdpmError):
     """An input file or packed dataset is missing, damaged, or not what the configuration says."""
 
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+        """Which finding of `data.check` it is, a key of `SOURCE_KINDS`; empty where it is none of them."""
+
 
 class CheckpointError(HpcDdpmError):
     """Weights or a checkpoint are missing, damaged, or do not fit the network."""

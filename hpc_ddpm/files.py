@@ -108,7 +108,8 @@ def reading_from(place: Path) -> Iterator[None]:
     except OSError as error:
         name = os.fsdecode(error.filename or place)
         raise DataFormatError(
-            f"{name}: cannot be read ({error.strerror or error}); mend its permissions or its storage"
+            f"{name}: cannot be read ({error.strerror or error}); mend its permissions or its storage",
+            "unreadable",
         ) from None
 
 

@@ -80,7 +80,9 @@ def read_series(folder: Path) -> tuple[NDArray[np.float32], Floats]:
         reader.SetFileNames([str(one.path) for one in slices])
         volume = sitk.GetArrayFromImage(reader.Execute()).T
     except RuntimeError as error:
-        raise DataFormatError(f"{folder}: the slices cannot be decoded ({_last(error)}); copy them again") from None
+        raise DataFormatError(
+            f"{folder}: the slices cannot be decoded ({_last(error)}); copy them again", "unreadable"
+        ) from None
     return volume, _affine(slices)
 
 
@@ -94,15 +96,20 @@ def read_slices(folder: Path) -> list[Slice]:
     reader = _sitk(folder).ImageFileReader()
     slices = [_read_slice(reader, path) for path in series_files(folder)]
     if not slices:
-        raise DataFormatError(f"{folder}: no DICOM files found in this folder; give a file or a DICOM series")
+        raise DataFormatError(
+            f"{folder}: no DICOM files found in this folder; give a file or a DICOM series", "dicom-series"
+        )
     kinds = {(one.series, one.shape) for one in slices}
     if len(kinds) > 1:
         series = len({one.series for one in slices})
         found = f"{series} DICOM series" if series > 1 else "slices of different shapes"
-        raise DataFormatError(f"{folder}: {found} found in one folder, one expected; give each series its own folder")
+        raise DataFormatError(
+            f"{folder}: {found} found in one folder, one expected; give each series its own folder", "dicom-series"
+        )
     if slices[0].modality == "SEG":
         raise DataFormatError(
-            f"{folder}: a DICOM SEG object found; convert it to NIfTI, for example with dcmqi's segimage2itkimage"
+            f"{folder}: a DICOM SEG object found; convert it to NIfTI, for example with dcmqi's segimage2itkimage",
+            "unreadable",
         )
     if len(slices) > 1:
         slices.sort(key=lambda one: one.height)
@@ -112,16 +119,22 @@ def read_slices(folder: Path) -> list[Slice]:
 
 def _check_places(folder: Path, slices: list[Slice]) -> None:
     if any(np.abs(one.orientation - slices[0].orientation).max() > MAX_TILT for one in slices):
-        raise DataFormatError(f"{folder}: slices of different orientations found, parallel ones expected; leave it out")
+        raise DataFormatError(
+            f"{folder}: slices of different orientations found, parallel ones expected; leave it out", "dicom-series"
+        )
     gaps = np.diff([one.height for one in slices])
     usual = float(np.median(gaps))
     for gap, lower, upper in zip(gaps, slices, slices[1:], strict=False):
         between = f"{lower.path.name} and {upper.path.name}"
         if gap < SAME_PLACE_MM:
-            raise DataFormatError(f"{folder}: duplicate slices: {between} lie at the same place; keep one of them")
+            raise DataFormatError(
+                f"{folder}: duplicate slices: {between} lie at the same place; keep one of them", "dicom-series"
+            )
         if abs(gap - usual) > MAX_UNEVEN * usual:
             raise DataFormatError(
-                f"{folder}: missing slices: {gap:g} mm between {between}, {usual:g} mm elsewhere; copy the series again"
+                f"{folder}: missing slices: {gap:g} mm between {between}, {usual:g} mm elsewhere; "
+                "copy the series again",
+                "dicom-series",
             )
 
 
@@ -131,13 +144,16 @@ def _read_slice(reader: Any, path: Path) -> Slice:
         reader.SetImageIO("GDCMImageIO")
         reader.ReadImageInformation()
         if reader.GetNumberOfComponents() != 1:
-            raise DataFormatError(f"{path.parent}: a colour image found, numbers expected; leave the series out")
+            raise DataFormatError(
+                f"{path.parent}: a colour image found, numbers expected; leave the series out", "unreadable"
+            )
         tags = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
         slope, intercept = float(tags.get("0028|1053", 1)), float(tags.get("0028|1052", 0))
         position, across = np.array(reader.GetOrigin()), np.array(reader.GetDirection()).reshape(3, 3)
     except (RuntimeError, ValueError) as error:
         raise DataFormatError(
-            f"{path.parent}: {path.name} is damaged or not a DICOM image ({_last(error)}); copy it again"
+            f"{path.parent}: {path.name} is damaged or not a DICOM image ({_last(error)}); copy it again",
+            "unreadable",
         ) from None
     return Slice(
         path,

@@ -41,6 +41,8 @@ class Unmatched:
 
     path: Path
     reason: str
+    kind: str = "unmatched-file"
+    """Which finding of `data.check` it is."""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -72,9 +74,9 @@ class _Files:
         else:
             self.found.setdefault((subject, role), []).append(path)
 
-    def leave_out(self, path: Path, reason: str) -> None:
+    def leave_out(self, path: Path, reason: str, kind: str = "unmatched-file") -> None:
         """Say why it is not used."""
-        self.unmatched.append(Unmatched(_printable(path), reason))
+        self.unmatched.append(Unmatched(_printable(path), reason, kind))
 
 
 def discover(source: str | Path, config: DataConfig) -> Discovery:
@@ -242,7 +244,7 @@ def _read_rows(source: Path, modalities: tuple[str, ...]) -> _Files:
             if path.exists():
                 files.add(row.subject, role, path)
             else:
-                files.leave_out(path, f"{row.place}: no such file")
+                files.leave_out(path, f"{row.place}: no such file", "missing-file")
     return files
 
 
@@ -257,9 +259,10 @@ def _pair(files: _Files, modalities: tuple[str, ...]) -> tuple[tuple[Subject, ..
             images = {modality: groups[modality][0] for modality in modalities}
             subjects.append(Subject(subject, groups[MASK][0], images, files.splits.get(subject)))
             continue
-        reason = f"subject {subject} has no {', '.join(missing)}" if missing else ""
-        reason = reason or f"subject {subject} has more than one {', '.join(double)}"
-        unmatched += [Unmatched(path, reason) for paths in groups.values() for path in paths]
+        kind, reason = "unmatched-file", f"subject {subject} has no {', '.join(missing)}"
+        if not missing:
+            kind, reason = "duplicate-subject", f"subject {subject} has more than one {', '.join(double)}"
+        unmatched += [Unmatched(path, reason, kind) for paths in groups.values() for path in paths]
     return tuple(subjects), tuple(unmatched)
 
 

@@ -34,11 +34,12 @@ def normalize(
     """
     low, high = float(volume.min()), float(volume.max())
     if low == high:
-        raise DataFormatError(f"{path}: every voxel is {low:g}, an image expected; leave the subject out")
+        raise DataFormatError(f"{path}: every voxel is {low:g}, an image expected; leave the subject out", "constant")
     if config.normalization == "none" and (low < -1 or high > 1):
         raise DataFormatError(
             f"{path}: values from {low:g} to {high:g} found, [-1, 1] expected by data.normalization=none; "
-            "use data.normalization=percentile, or window for CT"
+            "use data.normalization=percentile, or window for CT",
+            "out-of-range",
         )
     if config.normalization == "med_ddpm_whole_head":
         lows, highs = (np.asarray(f(volume, axis=(1, 2), keepdims=True), np.float64) for f in (np.min, np.max))
@@ -64,7 +65,8 @@ def _percentiles(volume: Volume32, config: DataConfig, path: Path) -> tuple[floa
     if low == high:
         raise DataFormatError(
             f"{path}: percentiles {config.low:g} and {config.high:g} are both {low:g}; "
-            "the image is almost constant: raise data.high or leave the subject out"
+            "the image is almost constant: raise data.high or leave the subject out",
+            "constant",
         )
     return low, high
 
@@ -72,7 +74,7 @@ def _percentiles(volume: Volume32, config: DataConfig, path: Path) -> tuple[floa
 def _around_mean(values: Volume32, config: DataConfig, path: Path) -> tuple[float, float]:
     mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
     if not std:
-        raise DataFormatError(f"{path}: every voxel is {mean:g} inside the head; leave the subject out")
+        raise DataFormatError(f"{path}: every voxel is {mean:g} inside the head; leave the subject out", "constant")
     return mean - config.zscore_clip * std, mean + config.zscore_clip * std
 
 

@@ -53,7 +53,8 @@ def remap_labels(mask: NDArray[Any], labels: LabelsConfig, path: Path) -> NDArra
     if unexpected:
         raise DataFormatError(
             f"{path}: unexpected labels {_some(unexpected)} found, expected 0 and {_named(labels)}; "
-            "map them with data.labels.remap or name them in data.labels.names"
+            "map them with data.labels.remap or name them in data.labels.names",
+            "unexpected-labels",
         )
     remapped = np.zeros(mask.shape, np.uint8)
     for value, label in present.items():
@@ -64,13 +65,16 @@ def remap_labels(mask: NDArray[Any], labels: LabelsConfig, path: Path) -> NDArra
 
 def _rounded(mask: NDArray[Any], path: Path) -> NDArray[Any]:
     if not np.isfinite(mask).all():
-        raise DataFormatError(f"{path}: NaN or infinite labels found, whole numbers expected; replace them by 0")
+        raise DataFormatError(
+            f"{path}: NaN or infinite labels found, whole numbers expected; replace them by 0", "not-finite"
+        )
     rounded = np.rint(mask)
     fractional = mask[np.abs(mask - rounded) > MAX_ROUNDING]
     if fractional.size:
         raise DataFormatError(
             f"{path}: fractional label {fractional.min():g} found, whole numbers expected; "
-            "the mask was resampled with interpolation: resample it with nearest neighbour"
+            "the mask was resampled with interpolation: resample it with nearest neighbour",
+            "fractional-labels",
         )
     return rounded
 
@@ -119,18 +123,22 @@ def check_present(mask: NDArray[np.uint8], labels: LabelsConfig, path: Path) -> 
     counts = dict(zip(labels.names, count_labels(mask, labels).tolist(), strict=True))
     found = [label for label, count in counts.items() if count]
     if not found:
-        raise DataFormatError(f"{path}: the mask is empty, expected some of {_named(labels)}; leave the subject out")
+        raise DataFormatError(
+            f"{path}: the mask is empty, expected some of {_named(labels)}; leave the subject out", "empty-mask"
+        )
     outer = outer_label(labels)
     if outer is not None and outer not in found:
         raise DataFormatError(
             f"{path}: label {outer} ({labels.names[outer]}) is missing, found {found}; give a mask "
-            "that has it (a raw BraTS mask gets it from its images: pack them as data.layout=brats_raw)"
+            "that has it (a raw BraTS mask gets it from its images: pack them as data.layout=brats_raw)",
+            "missing-outer-label",
         )
     is_raw = outer == BRATS_BRAIN and BRATS_ENHANCING in labels.names and BRATS_ENHANCING not in found
     if is_raw and counts[BRATS_BRAIN] < sum(counts.values()) / 2:
         raise DataFormatError(
             f"{path}: label 4 ({labels.names[4]}) is smaller than the labels inside it and 3 is absent: "
-            "this is raw BraTS coding (4 = enhancing tumour); pack the cases with data.layout=brats_raw"
+            "this is raw BraTS coding (4 = enhancing tumour); pack the cases with data.layout=brats_raw",
+            "raw-brats-coding",
         )
 
 

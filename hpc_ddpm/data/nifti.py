@@ -103,7 +103,8 @@ def read_nifti(
         data = data[..., 0]
     if data.ndim != 3 and not (channels and data.ndim == 4):
         raise DataFormatError(
-            f"{path}: shape {data.shape} found, one 3-D volume expected; split the series into one file each"
+            f"{path}: shape {data.shape} found, one 3-D volume expected; split the series into one file each",
+            "series",
         )
     file_shape = _shape3(data.shape)
     transform = _transform(affine, orientation, path)
@@ -252,19 +253,23 @@ def _load(path: Path, dtype: DTypeLike | None) -> tuple[NDArray[Any], Affine]:
     except _UNREADABLE as error:
         raise _damaged(path, error) from None
     if data.dtype.kind not in "biuf":
-        raise DataFormatError(f"{path}: voxels of type {data.dtype} found, numbers expected; convert the file")
+        raise DataFormatError(
+            f"{path}: voxels of type {data.dtype} found, numbers expected; convert the file", "unreadable"
+        )
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise DataFormatError(f"{path}: its affine is singular {affine[:3].tolist()}; repair the header")
+        raise DataFormatError(f"{path}: its affine is singular {affine[:3].tolist()}; repair the header", "bad-affine")
     return data.astype(dtype, copy=False) if dtype is not None else data, affine
 
 
 def _open(path: Path) -> Any:
     """Nibabel's image, its voxels not read."""
     if not path.is_file():
-        raise DataFormatError(f"{path}: no such file; check the path")
+        raise DataFormatError(f"{path}: no such file; check the path", "missing-file")
     if not is_nifti(path):
-        raise DataFormatError(f"{path}: not a NIfTI name; expected one ending in .nii, .nii.gz, .mgz or .mgh")
+        raise DataFormatError(
+            f"{path}: not a NIfTI name; expected one ending in .nii, .nii.gz, .mgz or .mgh", "unreadable"
+        )
     try:
         if path.name.lower().endswith(".mgh"):  # nibabel would leave it open
             return nib.MGHImage.from_bytes(path.read_bytes())
@@ -275,14 +280,16 @@ def _open(path: Path) -> Any:
 
 def _damaged(path: Path, error: Exception) -> DataFormatError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataFormatError(f"{path}: damaged or not a NIfTI file ({reason}); copy it again")
+    is_short = isinstance(error, EOFError) or reason.startswith("Expected ")  # as nibabel says it
+    kind = "truncated" if is_short else "unreadable"
+    return DataFormatError(f"{path}: damaged or not a NIfTI file ({reason}); copy it again", kind)
 
 
 def _transform(affine: Affine, orientation: str, path: Path | None = None) -> NDArray[Any]:
     """Nibabel's orientation transform (3, 2) from the axes of `affine` to `orientation`."""
     source = io_orientation(affine)
     if np.isnan(source).any():
-        raise DataFormatError(f"{path}: its axes cannot be told from its affine; repair the header")
+        raise DataFormatError(f"{path}: its axes cannot be told from its affine; repair the header", "bad-affine")
     if orientation == "native":
         return ornt_transform(source, source)
     target = axcodes2ornt(orientation)

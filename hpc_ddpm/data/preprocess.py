@@ -105,7 +105,8 @@ def _read_mask(path: Path, config: DataConfig) -> tuple[Volume, Mask, Geometry]:
     if config.fit == "exact" and found != config.size:
         raise DataFormatError(
             f"{path}: {found} voxels found, data.size={list(config.size)} expected by data.fit=exact; "
-            "use data.fit=crop_pad or data.fit=resize"
+            "use data.fit=crop_pad or data.fit=resize",
+            "size-mismatch",
         )
     return file, resample(remap_labels(file.data, config.labels, path), geometry), geometry
 
@@ -114,13 +115,17 @@ def _read_image(file: Path, path: Path, mask: Volume, mask_path: Path, config: D
     """The voxels of `file`, which is what the hooks made of the image at `path`."""
     image, shown = read_nifti(file, config.orientation), path if file == path else f"{path}: after data.hooks"
     if image.data.shape != mask.data.shape or grid_distance(image, mask) > 0.1:
+        kind = "grid-affine" if image.data.shape == mask.data.shape else "grid-shape"
         raise DataFormatError(
             f"{shown}: its grid {_grid(image)} is not that of its mask {mask_path}: {_grid(mask)}; "
-            "resample one onto the other (mask: nearest neighbour)"
+            "resample one onto the other (mask: nearest neighbour)",
+            kind,
         )
     if not np.isfinite(image.data).all():
         bad = int(image.data.size - np.isfinite(image.data).sum())
-        raise DataFormatError(f"{shown}: {bad} voxels are NaN or infinite, numbers expected; repair the image")
+        raise DataFormatError(
+            f"{shown}: {bad} voxels are NaN or infinite, numbers expected; repair the image", "not-finite"
+        )
     return image.data
 
 

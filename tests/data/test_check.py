@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import gzip
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +17,13 @@ import pytest
 from dicom_files import write_series
 
 from hpc_ddpm.config import DataConfig, LabelsConfig, load_config
+from hpc_ddpm.data.check.case import Case
 from hpc_ddpm.data.check.findings import KINDS, SOURCE_KINDS, Finding, by_kind, exit_code
 from hpc_ddpm.data.check.run import CheckReport, check
+from hpc_ddpm.data.discover import Subject
 from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.data.phantom import write_phantoms
+from hpc_ddpm.errors import DataFormatError
 
 BAD = "head_0002"
 SIDE = 16
@@ -279,6 +284,38 @@ def test_a_planted_fault_is_found(
 def test_there_is_a_fault_for_every_kind() -> None:
     assert {fault[1] for fault in FAULTS} == set(SOURCE_KINDS)
     assert len(FAULTS) >= 20
+
+
+def test_refusals_carry_their_kind() -> None:
+    """Every error of the modules that read a subject says which finding it is, and no error says what is none."""
+    package, writing = REPOSITORY / "hpc_ddpm", {"write_nifti"}
+    reading = {package / "data" / f"{name}.py" for name in ("nifti", "dicom", "preprocess", "labels", "intensity")}
+    given, without = set(), []
+    for file in sorted(package.rglob("*.py")):
+        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        for function in functions:
+            kinds = {node.value for node in ast.walk(function) if isinstance(node, ast.Constant)} & set(SOURCE_KINDS)
+            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+            for call in (call for call in calls if getattr(call.func, "id", "") == "DataFormatError"):
+                if len(call.args) == 2:
+                    named = call.args[1]
+                    given |= {named.value} if isinstance(named, ast.Constant) else kinds
+                elif file in reading and function.name not in writing:
+                    without.append(f"{file.name}: {function.name}")
+    assert not without
+    assert given <= set(SOURCE_KINDS)
+    assert {"truncated", "bad-affine", "unexpected-labels", "constant", "size-mismatch"} <= given
+
+
+def test_an_error_keeps_its_kind_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(DataFormatError("a: b; c", "constant")))
+    assert (str(error), error.kind) == ("a: b; c", "constant")
+
+
+def test_a_refusal_without_a_kind_keeps_its_own_advice(clean: Path) -> None:
+    subject = Subject("a", clean / "m.nii", {"t1": clean / "i.nii", "t2": clean / "j.nii"})
+    finding = Case(subject, config()).refusal(DataFormatError(f"{clean / 'i.nii'}: odd; do this"))
+    assert (finding.kind, finding.found, finding.file) == ("unreadable", "odd; do this", str(clean / "i.nii"))
 
 
 def test_other_voxel_sizes_are_no_finding_where_all_are_resampled(cohort: Path) -> None:

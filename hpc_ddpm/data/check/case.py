@@ -23,32 +23,6 @@ SMALL_SIDE = 48
 GRID_TOLERANCE = 0.1
 """In voxels, as `prepare` has it."""
 
-REFUSALS = {
-    "no such file": "missing-file",
-    "ended before the end": "truncated",
-    "(Expected ": "truncated",
-    "damaged or not": "unreadable",
-    "cannot be decoded": "unreadable",
-    "no DICOM files found": "dicom-series",
-    "in one folder, one expected": "dicom-series",
-    "duplicate slices": "dicom-series",
-    "missing slices": "dicom-series",
-    "different orientations": "dicom-series",
-    "voxels of type": "unreadable",
-    "affine": "bad-affine",
-    "fractional label": "fractional-labels",
-    "unexpected labels": "unexpected-labels",
-    "the mask is empty": "empty-mask",
-    "is missing, found": "missing-outer-label",
-    "raw BraTS coding": "raw-brats-coding",
-    "NaN or infinite": "not-finite",
-    "every voxel is": "constant",
-    "almost constant": "constant",
-    "expected by data.normalization=none": "out-of-range",
-    "expected by data.fit=exact": "size-mismatch",
-}
-"""Part of a message of the packing code -> kind of finding; the first that fits."""
-
 
 @dataclass(frozen=True, eq=False)
 class Case:
@@ -74,8 +48,9 @@ class Case:
         roles = (MASK, *self.config.modalities)
         role = next((role for role in roles if message.startswith(f"{self.path(role)}: ")), None)
         found = message.removeprefix(f"{self.path(role)}: ") if role else message
-        kind = next((kind for part, kind in REFUSALS.items() if part in found), "cannot-pack")
-        return self.finding(kind, found.rpartition("; ")[0] or found, role)
+        if not error.kind:
+            return self.finding("unreadable", found, role)
+        return self.finding(error.kind, found.rpartition("; ")[0] or found, role)
 
     def path(self, role: str) -> Path:
         """The file of a role."""

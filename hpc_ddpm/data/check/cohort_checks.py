@@ -58,12 +58,7 @@ class Facts:
 def check_pairing(unmatched: Sequence[Unmatched]) -> Findings:
     """Files that are not used, by reason."""
     for entry in unmatched:
-        kind = "unmatched-file"
-        if "has more than one" in entry.reason:
-            kind = "duplicate-subject"
-        elif "no such file" in entry.reason:
-            kind = "missing-file"
-        yield Finding(kind, entry.reason, file=str(entry.path))
+        yield Finding(entry.kind, entry.reason, file=str(entry.path))
 
 
 def check_cohort(cases: Sequence[Facts], config: DataConfig) -> list[Finding]:
