@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -67,9 +68,22 @@ def local_device(ranks: Ranks) -> torch.device:
             f"{ranks.local_world_size} ranks on this node but {visible} visible GPU(s); start one rank per GPU "
             "or set HPC_DDPM_DEVICE=cpu"
         )
+    if visible == 1 and ranks.local_world_size > 1 and ranks.local_rank == 0:
+        _warn_of_hidden_gpus(ranks)
     torch.cuda.set_device(index)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda", index)
+
+
+def _warn_of_hidden_gpus(ranks: Ranks) -> None:
+    """The ranks of a node that see one GPU each work, but without NVLink; parts of a GPU (MIG) have none anyway."""
+    if not os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-"):
+        warnings.warn(
+            f"rank {ranks.rank} sees one GPU, while its node runs {ranks.local_world_size} ranks: either they share "
+            "it, or the other GPUs are hidden (as `srun --gpus-per-task=1` does) and NCCL falls back from NVLink to "
+            f"host memory; start one task per GPU with --gpus-per-node={ranks.local_world_size}, so that each sees all",
+            stacklevel=3,
+        )
 
 
 def resolve_precision(precision: str, device: torch.device, depths: Sequence[int] = ()) -> str:

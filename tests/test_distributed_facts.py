@@ -105,6 +105,25 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         local_device(Ranks(3, 4, 3, 4))
 
 
+def test_a_rank_that_sees_one_of_several_gpus_warns_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL cannot use NVLink then, and says nothing; one rank of a node speaks, and nothing is refused."""
+    monkeypatch.delenv("HPC_DDPM_DEVICE", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    with exact_fp32():
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.warns(UserWarning, match=r"rank 4 sees one GPU, .* 4 ranks.* NVLink .*--gpus-per-node=4"):
+            assert local_device(Ranks(4, 8, 0, 4)) == torch.device("cuda", 0)
+        silent = [Ranks(5, 8, 1, 4), Ranks(0, 2, 0, 1)]  # another rank of the node, one rank on each of two nodes
+        for ranks in silent:
+            local_device(ranks)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+        local_device(Ranks(0, 4, 0, 4))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        assert local_device(Ranks(1, 4, 1, 4)) == torch.device("cuda", 1)
+
+
 def test_deepspeed_is_told_the_index_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under `srun --gpus-per-task=1` every task sees one, whatever its local rank."""
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")

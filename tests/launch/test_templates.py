@@ -33,14 +33,35 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize(("codes", "ends_with", "comes_back"), [("2 143", 2, False), ("138 138", 138, True)])
-def test_a_mistake_of_one_rank_is_not_requeued(tmp_path: Path, codes: str, ends_with: int, comes_back: bool) -> None:
+def run_template(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`train.sbatch` as a job of two ranks."""
     stubs = {"srun": SRUN, "hpc-ddpm": TRAIN, "scontrol": "#!/bin/sh\necho did $*\n"}
     for name, text in stubs.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "CODES": codes}
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"} | variables
     script = REPOSITORY / "slurm" / "train.sbatch"
-    done = subprocess.run(["bash", script, "--out", "a b"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    return subprocess.run(["bash", script, "--out", "a b"], env=env, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("codes", "ends_with", "comes_back"), [("2 143", 2, False), ("138 138", 138, True)])
+def test_a_mistake_of_one_rank_is_not_requeued(tmp_path: Path, codes: str, ends_with: int, comes_back: bool) -> None:
+    done = run_template(tmp_path, CODES=codes)
     assert (done.returncode, "did requeue 7" in done.stdout) == (ends_with, comes_back), done.stderr
     assert not list(tmp_path.glob(".failed-*"))
+
+
+def test_fewer_gpus_than_tasks_are_refused(tmp_path: Path) -> None:
+    """SLURM takes --gres and --gpus-per-node together, and silently gives the smaller number."""
+    node = {"SLURM_NTASKS_PER_NODE": "2", "CODES": "0 0"}
+    done = run_template(tmp_path, SLURM_GPUS_ON_NODE="1", **node)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "2 tasks per node, but 1 GPUs: give --gpus-per-node=2" in done.stderr
+    assert run_template(tmp_path, SLURM_GPUS_ON_NODE="2", **node).returncode == 0
+
+
+def test_no_example_hides_gpus_from_ranks() -> None:
+    """`--gpus-per-task` would, and with them NVLink; it is named in warnings only."""
+    pages = [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("slurm/*.sbatch")]
+    lines = [line for page in pages for line in page.read_text().splitlines() if "--gpus-per-task" in line]
+    assert not [line for line in lines if "srun -" in line or "sbatch -" in line or "#SBATCH" in line]

@@ -12,8 +12,9 @@ pytestmark = pytest.mark.slurm
 
 def test_four_nodes_with_two_gpus_each(cluster: Cluster) -> None:
     show = 'echo "$SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"'
-    said = cluster.run("srun", "-N4", "--ntasks-per-node=2", "--gpus-per-task=1", "bash", "-c", show)
-    assert sorted(said.splitlines()) == [f"{rank} n{rank // 2 + 1} {rank % 2}" for rank in range(8)]
+    for option, seen in (("--gpus-per-task=1", ("0", "1")), ("--gpus-per-node=2", ("0,1", "0,1"))):
+        said = cluster.run("srun", "-N4", "--ntasks-per-node=2", option, "bash", "-c", show)
+        assert sorted(said.splitlines()) == [f"{rank} n{rank // 2 + 1} {seen[rank % 2]}" for rank in range(8)]
 
 
 def test_more_gpus_or_tasks_than_there_are_are_refused(cluster: Cluster, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_train_template_where_the_site_sends_the_jobs_own_signal(
 ) -> None:
     run = tmp_path / "run"
     cluster.up("--user-signal")
-    resources = ["--partition=scavenge", "--ntasks-per-node=2", "--cpus-per-task=1"]
+    resources = ["--partition=scavenge", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
     words = ["--data", tiny_packed, "--out", run, *STEPS, "training.zero_stage=2"]
     job = cluster.sbatch(*resources, TEMPLATES / "train.sbatch", *words, cwd=tmp_path)
     wait_for(lambda: len(losses(run)) >= 3, lambda: f"{cluster.job(job)}: {read_logs(tmp_path)}")
