@@ -30,8 +30,10 @@ test: install    ## lint, types, layers and every test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slurm"
-	$(BIN)/python -m pytest -m slurm
+	@failed=; \
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slurm" || failed="the tests without SLURM"; \
+	$(BIN)/python -m pytest -m slurm || failed="$${failed:+$$failed and }the tests on SLURM"; \
+	test -z "$$failed" || { echo "make test: $$failed failed; each part's own summary is above"; exit 1; }
 
 test-fast: install  ## tests without the marked ones, under two minutes
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slow and not mpi and not slurm and not gpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -140,3 +141,20 @@ def has_native_bf16() -> bool:
     if limit.upper() in WITHOUT_BF16:
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes convolutions of this type on this CPU.
+
+    A trial decides: besides the CPU's instructions, `ONEDNN_MAX_CPU_ISA` may forbid it. Without oneDNN, PyTorch
+    multiplies matrices, which is slow and takes more memory.
+    """
+    import torch
+
+    volume = torch.zeros(1, 1, 1, 1, 1, dtype=dtype)
+    try:
+        torch.mkldnn_convolution(volume, volume, None, [0, 0, 0], [1, 1, 1], [1, 1, 1], 1)
+    except RuntimeError:
+        return False
+    return True

@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: tests share cores with others
+import torch
+
+from hpc_ddpm.benchmark.record import cpu_model
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.phantom import write_phantoms
 from hpc_ddpm.distributed import _free_port
 from tests.forks import Fork, Server
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: tests share cores with others
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 TINY = [
@@ -43,6 +46,14 @@ TINY = [
     "sampling.precision=fp32",
 ]
 """A network and a run that take a second."""
+
+
+def pytest_report_header() -> str:
+    """Say on which CPU the tests run: rounding, bf16 and speed differ between kinds."""
+    kinds, limits = ("avx2", "avx512", "avx512_bf16", "amx_tile"), ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+    features = [name for name in kinds if getattr(torch.cpu, f"_is_{name}_supported")()]
+    features += [f"{name}={os.environ[name]}" for name in limits if name in os.environ]
+    return f"cpu: {cpu_model()}, {' '.join(features)}, {len(os.sched_getaffinity(0))} cores; torch {torch.__version__}"
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def environment(packages: Iterable[str] = (), gpu: dict[str, Any] | None = None)
         "command": facts["command"],
         "git_commit": facts["git_commit"],
         "versions": versions,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "os": _operating_system(),
@@ -136,7 +136,8 @@ def describe(where: Environment) -> str:
     )
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name as Linux tells it, else the machine's type."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from hpc_ddpm.config import Config
+from hpc_ddpm.device import has_onednn
 from hpc_ddpm.model.unet3d import build_unet
 
 HOST = torch.device("cpu")
@@ -43,7 +44,7 @@ class Trace:
     host_bytes: int
     """Of activations that wait for backward in the host's memory; in no other figure here."""
     workspace_bytes: int
-    """A second copy of the largest convolution's input and output: kernels reorder them. An estimate."""
+    """What the largest convolution takes beside its input and output. An estimate; see `_workspace`."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ def trace_step(config: Config, dtype: torch.dtype, device_type: str = "cuda") ->
         dtype: of weights and activations.
         device_type: `cpu` follows the network's CPU code paths, anything else the GPU's.
     """
+    watch = _Watch(lays_out=_lays_out(dtype, device_type))
     with _no_values(device_type) as device:
         network = _network(config, dtype, device)
-        with _Watch() as watch:
+        with watch:
             batch = example_batch(config, config.data.training_shape, device)
             loss = example_loss(network, batch)
             forward_flops, saved = watch.flops, watch.live
@@ -75,9 +77,10 @@ def trace_step(config: Config, dtype: torch.dtype, device_type: str = "cuda") ->
 
 def trace_forward(config: Config, dtype: torch.dtype, device_type: str = "cuda") -> Forward:
     """One evaluation of the network without gradient, as in sampling."""
+    watch = _Watch(lays_out=_lays_out(dtype, device_type))
     with _no_values(device_type) as device, torch.no_grad():
         network = _network(config, dtype, device).eval()
-        with _Watch() as watch:
+        with watch:
             x_start, _, condition, timesteps = example_batch(config, config.data.spatial_shape, device)
             network(x_start, condition, timesteps)
     return Forward(watch.flops, watch.peak, watch.workspace)
@@ -136,11 +139,27 @@ def _no_values(device_type: str) -> Iterator[torch.device]:
         yield torch.device("cpu" if device_type == "cpu" else "meta")
 
 
+def _lays_out(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether PyTorch lays out a convolution's input as a matrix: on CPUs that lack what oneDNN needs for the type."""
+    return device_type == "cpu" and dtype != torch.float32 and not has_onednn(dtype)
+
+
+def _workspace(x: Tensor, weight: Tensor, out: Tensor, *, lays_out: bool) -> int:
+    """Bytes that a convolution takes beside its input and output.
+
+    Libraries reorder both, which makes a second copy. A matrix holds the input once for each element of the kernel.
+    """
+    if lays_out:
+        return weight[0].numel() * out[:, 0].numel() * x.itemsize
+    return x.nbytes + out.nbytes
+
+
 class _Watch(TorchDispatchMode):
     """Counts FLOPs and the bytes of all storages that are alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lays_out: bool) -> None:
         super().__init__()
+        self._lays_out = lays_out
         self.flops = self.live = self.peak = self.largest_numel = self.host = self.workspace = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -153,7 +172,7 @@ class _Watch(TorchDispatchMode):
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         if packet is torch.ops.aten.convolution:
-            self.workspace = max(self.workspace, args[0].nbytes + out.nbytes)
+            self.workspace = max(self.workspace, _workspace(args[0], args[1], out, lays_out=self._lays_out))
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self.largest_numel = max(self.largest_numel, value.numel())

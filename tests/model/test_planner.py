@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpc_ddpm.config import Config, TrainingConfig, load_config
+from hpc_ddpm.device import has_onednn
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.model import build_unet
 from hpc_ddpm.model.attention import AttentionBlock, TokenLinear
@@ -183,21 +184,29 @@ def test_auto_counts_what_training_offloads() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # said where oneDNN is switched off
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "depth"),
     [
-        ["data.size=[32,32,32]"],
-        ["data.size=[48,48,32]", "model.num_res_blocks=2", "data.modalities=[t1,t2]"],
-        ["data.size=[32,32,32]", "model.channels_last=true", "model.attention_factors=[8]"],
+        (["data.size=[32,32,32]"], 32),
+        (["data.size=[48,48,32]", "model.num_res_blocks=2", "data.modalities=[t1,t2]"], 48),
+        (["data.size=[32,32,32]", "model.channels_last=true", "model.attention_factors=[8]"], 32),
     ],
     ids=["whole_head", "brats", "channels_last"],
 )
 def test_predicted_peaks_are_within_15_percent_of_the_allocators(
-    settings: list[str], dtype: torch.dtype, policy: str
+    settings: list[str], depth: int, dtype: torch.dtype, policy: str
 ) -> None:
-    config = with_policy(load_config(None, [*SMALL, *settings]).config, policy)
+    """Where bf16 is emulated, a step of these sizes takes a minute: there, the network and the volumes are tiny."""
+    is_emulated = dtype == torch.bfloat16 and not has_onednn(dtype)
+    size = f"data.size=[{depth // 2},12,12]" if is_emulated else settings[0]
+    tiny = ["model.base_channels=8", "model.num_groups=4", "model.channel_multipliers=[1,2]"] if is_emulated else []
+    factors = ["model.attention_factors=[2]"] if is_emulated and "channels_last" in str(settings) else []
+    config = with_policy(load_config(None, [*SMALL, *settings, *tiny, *factors, size]).config, policy)
     trace = trace_step(config, dtype, "cpu")
     copies = trace.workspace_bytes if dtype == torch.bfloat16 else 0  # fp32 ones are not PyTorch's
-    assert trace.peak_bytes + copies == pytest.approx(measure_step(config, dtype, torch.device("cpu")), rel=0.15)
+    with torch.backends.mkldnn.flags(enabled=not is_emulated):
+        measured = measure_step(config, dtype, torch.device("cpu"))
+    assert trace.peak_bytes + copies == pytest.approx(measured, rel=0.15)
