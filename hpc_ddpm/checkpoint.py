@@ -66,9 +66,14 @@ def unfinished_dir(final: Path) -> Path:
 
 
 def publish(final: Path, facts: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-    """Make an unfinished checkpoint, whose files are all on the disk, a complete one."""
+    """Make an unfinished checkpoint, whose files are all on the disk, a complete one.
+
+    Raises:
+        CheckpointError: a file is not there any more, or of another size; nothing is published.
+    """
     manifest = {"format_version": FORMAT_VERSION, "step": step_of(final), **facts, "files": files}
     temporary = unfinished_dir(final)
+    check_files(temporary, files)
     write_json(temporary / MANIFEST, manifest, indent=2)
     if final.exists():  # a damaged one of the same step, which the resume passed over
         replaced = final.with_name(f"{final.name}.replaced.tmp")
@@ -100,11 +105,20 @@ def check_sizes(path: Path) -> dict[str, Any]:
         CheckpointError: names the first file that is not.
     """
     manifest = read_manifest(path)
-    for name, row in manifest["files"].items():
+    check_files(path, manifest["files"])
+    return manifest
+
+
+def check_files(path: Path, files: Mapping[str, Any]) -> None:
+    """Whether the files of a manifest are in this folder, with their sizes.
+
+    Raises:
+        CheckpointError: names the first file that is not.
+    """
+    for name, row in files.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != row["size"]:
             raise CheckpointError(f"{file}: missing or not {row['size']} bytes long")
-    return manifest
 
 
 def summarise_checkpoint(path: Path) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import gc
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -35,6 +36,12 @@ TIMEOUT_S = 1800.0
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = "HPC_DDPM_LAUNCHED"
+"""Set where this program starts ranks of its own."""
+LAUNCHERS = (LAUNCHED, "TORCHELASTIC_RUN_ID", "CROSS_RANK")
+"""What the launchers of RANK and WORLD_SIZE set besides: this program, torchrun, DeepSpeed."""
+PORTS = range(20_000, 32_000)
+"""Below those that systems give to outgoing connections, from 32768 on: one of these may take a port at any time."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +69,40 @@ def detect_ranks(env: Mapping[str, str] | None = None) -> Ranks:
         ClusterError: facts that contradict each other or are incomplete.
     """
     env = os.environ if env is None else env
+    ranks = _from_scheduler(env)
     if "RANK" in env or "WORLD_SIZE" in env:
-        ranks = _from_torchrun(env)
-    elif "OMPI_COMM_WORLD_RANK" in env:
-        ranks = _from_mpirun(env, "OMPI_COMM_WORLD_{}", "OMPI_COMM_WORLD_LOCAL_{}")
-    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        ranks = _from_srun(env)
-    elif "PMI_RANK" in env:
-        ranks = _from_mpirun(env, "PMI_{}", "MPI_LOCAL{}")
-    else:
+        if ranks and not any(name in env for name in LAUNCHERS):
+            _check_agreement(ranks, env)
+            ranks = _from_torchrun(env) if all(name in env for name in TORCHRUN_VARIABLES) else ranks
+        else:
+            ranks = _from_torchrun(env)
+    if ranks is None:
         return Ranks()
     if not 0 <= ranks.rank < ranks.world_size:
         raise ClusterError(
             f"{ranks.started_by} says rank {ranks.rank} of {ranks.world_size}; restart all ranks together"
         )
     return ranks
+
+
+def _from_scheduler(env: Mapping[str, str]) -> Ranks | None:
+    """What mpirun or srun says of this process."""
+    if "OMPI_COMM_WORLD_RANK" in env:
+        return _from_mpirun(env, "OMPI_COMM_WORLD_{}", "OMPI_COMM_WORLD_LOCAL_{}")
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        return _from_srun(env)
+    return _from_mpirun(env, "PMI_{}", "MPI_LOCAL{}") if "PMI_RANK" in env else None
+
+
+def _check_agreement(ranks: Ranks, env: Mapping[str, str]) -> None:
+    """Refuse what a shell exports beside what the scheduler says: every task would take itself for rank 0."""
+    facts = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size}
+    wrong = [f"{name}={env[name]}" for name, fact in facts.items() if name in env and env[name] != str(fact)]
+    if wrong:
+        raise ClusterError(
+            f"{' and '.join(wrong)} set, but {ranks.started_by} started this as rank {ranks.rank} of "
+            f"{ranks.world_size}; `unset {' '.join(RANK_VARIABLES)}` before, or start the ranks with torchrun"
+        )
 
 
 def _from_torchrun(env: Mapping[str, str]) -> Ranks:
@@ -114,13 +140,19 @@ def _from_srun(env: Mapping[str, str]) -> Ranks:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     world_size = _integer(env, "SLURM_STEP_NUM_TASKS", default=_integer(env, "SLURM_NTASKS", default=1))
     tasks_here = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    address = env.get("MASTER_ADDR", "")
+    if (address == "localhost" or address.startswith("127.")) and env.get("SLURM_STEP_NUM_NODES", "1") != "1":
+        raise ClusterError(
+            f"MASTER_ADDR={address} set, but srun started ranks on {env['SLURM_STEP_NUM_NODES']} nodes; "
+            "`unset MASTER_ADDR MASTER_PORT` before"
+        )
     return Ranks(
         rank=_integer(env, "SLURM_PROCID"),
         world_size=world_size,
         local_rank=_integer(env, "SLURM_LOCALID", default=0),
         local_world_size=int(tasks_here.group()) if tasks_here else 1,
         started_by="srun",
-        master_addr=env.get("MASTER_ADDR") or first_host(nodes),
+        master_addr=address or first_host(nodes),
         master_port=_integer(env, "MASTER_PORT", default=_srun_port(env)),
     )
 
@@ -139,10 +171,10 @@ def first_host(nodelist: str) -> str:
 
 
 def _srun_port(env: Mapping[str, str]) -> int:
-    """A port in 20000..59999 that differs between jobs, steps and requeues on one node."""
+    """One of PORTS that differs between jobs, steps and requeues on one node."""
     job, step = _integer(env, "SLURM_JOB_ID", default=0), _integer(env, "SLURM_STEP_ID", default=0)
     restart = _integer(env, "SLURM_RESTART_COUNT", default=0)
-    return 20_000 + (job * 131 + step * 17 + restart * 7) % 40_000
+    return PORTS[(job * 131 + step * 17 + restart * 7) % len(PORTS)]
 
 
 def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -165,8 +197,9 @@ def process_group(ranks: Ranks, timeout_s: float = TIMEOUT_S) -> Iterator[torch.
     """Join all ranks (nccl on GPUs, gloo on CPU) and yield this rank's device; leaves the group at the end.
 
     Raises:
-        ClusterError: the ranks did not meet, or fewer GPUs than ranks on this node.
-        LostRankError: another rank left, or did not come to a collective within `timeout_s`.
+        ClusterError: fewer GPUs than ranks on this node, or MASTER_ADDR is not the node of rank 0.
+        LostRankError: the ranks did not meet (a node is late, a port is taken: another start may pass), another rank
+            left, or did not come to a collective within `timeout_s`.
     """
     import torch
     import torch.distributed as dist
@@ -189,8 +222,12 @@ def process_group(ranks: Ranks, timeout_s: float = TIMEOUT_S) -> Iterator[torch.
                 world_size=ranks.world_size,
                 timeout=timeout,
             )
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"rank {ranks.rank} of {ranks.world_size} did not meet the others: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        passes = ranks.world_size > 1 and isinstance(error, RuntimeError)
+        raise (LostRankError if passes else ClusterError)(
+            f"rank {ranks.rank} of {ranks.world_size} did not meet the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
+        ) from error
     try:
         yield device
         dist.barrier()  # nobody leaves while another still talks to it
@@ -216,19 +253,44 @@ def process_group(ranks: Ranks, timeout_s: float = TIMEOUT_S) -> Iterator[torch.
 
 def _meeting_point(ranks: Ranks) -> tuple[str, int]:
     if ranks.started_by != "mpirun":
+        if ranks.is_main and ranks.started_by == "srun" and not _is_here(ranks.master_addr):
+            raise ClusterError(
+                f"MASTER_ADDR={ranks.master_addr} is not {socket.gethostname()}, where rank 0 runs; "
+                "`unset MASTER_ADDR MASTER_PORT` before"
+            )
         return ranks.master_addr, ranks.master_port
     from mpi4py import MPI
 
-    here = (socket.gethostname() if ranks.local_world_size < ranks.world_size else "127.0.0.1", _free_port())
+    here = (socket.gethostname() if ranks.local_world_size < ranks.world_size else "127.0.0.1", free_port())
     address: tuple[str, int] = MPI.COMM_WORLD.bcast(here if ranks.is_main else None, root=0)
     return address
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _is_here(name: str) -> bool:
+    """Whether a host name leads to this machine, as far as that can be told."""
+    try:
+        found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return True
+    for family, kind, protocol, _, address in found:
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            return True
+    return False
+
+
+def free_port() -> int:
+    """One of PORTS that nobody listens at on this machine now.
+
+    Raises:
+        ClusterError: there is none.
+    """
+    first = secrets.randbelow(len(PORTS))  # two who look at once find two
+    for port in (*PORTS[first:], *PORTS[:first]):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+    raise ClusterError(f"no port between {PORTS[0]} and {PORTS[-1]} is free on {socket.gethostname()}")
 
 
 def _export(ranks: Ranks, device: torch.device, address: str, port: int) -> None:

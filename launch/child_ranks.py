@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_ddpm.distributed import Ranks, all_gather, broadcast_object, detect_ranks, process_group
+from hpc_ddpm.distributed import LAUNCHED, Ranks, all_gather, broadcast_object, detect_ranks, free_port, process_group
 
 POLL_S = 0.1
 LONGEST_MIN = 24 * 60.0
@@ -43,7 +42,7 @@ class Agents:
         if self.ranks.is_main:
             logs.mkdir(parents=True, exist_ok=True)
             (logs / "failed").unlink(missing_ok=True)
-        address = os.environ["MASTER_ADDR"], str(_free_port())
+        address = os.environ["MASTER_ADDR"], str(free_port())
         meeting = dict(zip(("MASTER_ADDR", "MASTER_PORT"), broadcast_object(address), strict=True))
         mine = range(world_size) if self.ranks.world_size == 1 else {self.ranks.rank} & set(range(world_size))
         children = {rank: self._start(words, rank, world_size, meeting, logs) for rank in mine}
@@ -66,6 +65,7 @@ class Agents:
             local_rank = ranks.local_rank
             local_size = min(ranks.local_world_size, world_size - (rank - local_rank))
         facts = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size}
+        facts |= {LAUNCHED: 1}
         environment = self.environment | meeting | {name: str(value) for name, value in facts.items()}
         with (logs / f"rank-{rank}.log").open("wb") as log:
             return subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=environment)
@@ -107,10 +107,3 @@ def agents() -> Iterator[Agents]:
             del os.environ["HPC_DDPM_DEVICE"]
         else:
             os.environ["HPC_DDPM_DEVICE"] = before
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -20,6 +20,7 @@ import submitit
 from pydantic import ValidationError
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from hpc_ddpm.distributed import LAUNCHERS, RANK_VARIABLES, free_port
 from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.runlog import git_commit
 from launch.jobs import VISIBLE_GPUS, StageJob
@@ -30,6 +31,8 @@ from launch.watch import JobState, cancel, live_job
 
 SRUN_ARGUMENTS = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"]
 OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
+OF_RANKS = ("SLURM_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "TORCHELASTIC_")
+"""Beginnings of variables that tell a process which rank it is."""
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
 
 
@@ -209,8 +212,9 @@ def _submit_slurm(request: Request, code: Path, job: StageJob) -> str:
 
 @contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Without the variables of an allocation that this runs in: sbatch hands them on, and srun would obey them."""
-    inherited = {key: os.environ[key] for key in os.environ if key.startswith("SLURM_") and key not in OF_THE_CLUSTER}
+    """Without what an allocation or a shell says of ranks here: sbatch hands it on, and the job's ranks would obey."""
+    of_ranks = {key for key in os.environ if key.startswith(OF_RANKS)} | {*RANK_VARIABLES, *LAUNCHERS} & set(os.environ)
+    inherited = {key: os.environ[key] for key in of_ranks - set(OF_THE_CLUSTER)}
     for key in inherited:
         del os.environ[key]
     try:
@@ -311,13 +315,10 @@ def _teardown(request: Request, python: str) -> list[str]:
 
 def _submit_local(request: Request, folder: Path, code: Path, job: StageJob) -> str:
     """Ranks in the background that outlive this process and its terminal; MASTER_PORT is a free one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = {
         **request.profile.environment,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
-        "MASTER_PORT": port,
+        "MASTER_PORT": free_port(),
         **_visible_gpus(request),
     }
     executor = submitit.LocalExecutor(folder, python=f"{shlex.quote(sys.executable)} -P")

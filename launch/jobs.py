@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_ddpm.distributed import Ranks, detect_ranks
+from hpc_ddpm.distributed import LAUNCHED, Ranks, detect_ranks
 from launch.records import add_event
 
 VISIBLE_GPUS = "HPC_DDPM_VISIBLE_GPUS"
@@ -79,6 +79,7 @@ def _export_local_ranks() -> None:
         env["RANK"] = env["LOCAL_RANK"] = env["SUBMITIT_LOCAL_GLOBALID"]
         env["WORLD_SIZE"] = env["LOCAL_WORLD_SIZE"] = env["SUBMITIT_LOCAL_NTASKS"]
         env["MASTER_ADDR"] = "127.0.0.1"
+        env[LAUNCHED] = "1"
         if VISIBLE_GPUS in env:
             env["CUDA_VISIBLE_DEVICES"] = env[VISIBLE_GPUS]
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +23,8 @@ from hpc_ddpm.benchmark.record import cpu_model
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.phantom import write_phantoms
-from hpc_ddpm.distributed import _free_port
+from hpc_ddpm.distributed import free_port
+from hpc_ddpm.workers.owner import Owner
 from tests.forks import Fork, Server
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -81,6 +85,50 @@ def rank_environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HPC_DDPM_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
+class Stranger:
+    """A worker of another machine, which nobody here can ask whether it lives, with a claim on `unit`."""
+
+    def __init__(self, state: Path, beat_s: float = 0.02, ahead_s: float = 0.0) -> None:
+        """Its clock is `ahead_s` ahead."""
+        self.folder = state / "writers" / "n7-5"
+        self.folder.mkdir(parents=True)
+        Owner("n7", "", 5, "1", "42", "other").write(self.folder)
+        self.link = state / "claims" / "unit"
+        self.link.parent.mkdir(exist_ok=True)
+        self.link.symlink_to("n7-5")
+        self._beat_s, self._ahead_s, self._end = beat_s, ahead_s, threading.Event()
+        self._thread = threading.Thread(target=self._keep_beating, daemon=True)
+        self._thread.start()
+
+    def _keep_beating(self) -> None:
+        while not self._end.wait(self._beat_s):
+            with contextlib.suppress(FileNotFoundError):
+                self.beat()
+
+    def beat(self) -> None:
+        """Show that it lives."""
+        os.utime(self.folder / "owner.json", (time.time() + self._ahead_s,) * 2)
+
+    def die(self) -> None:
+        """Without a word."""
+        self._end.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def stranger() -> Iterator[Callable[..., Stranger]]:
+    """Make strangers, see `Stranger`; they die at the end."""
+    made: list[Stranger] = []
+
+    def make(*arguments: Any, **options: Any) -> Stranger:
+        made.append(Stranger(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.die()
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -109,7 +157,7 @@ def real_torchrun() -> Run:
 def torchrun_variables(num_ranks: int) -> list[dict[str, str]]:
     """What torchrun tells each rank."""
     everyone = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-    everyone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    everyone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     each = [everyone | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(num_ranks)]
     return [{name: str(value) for name, value in variables.items()} for variables in each]
 

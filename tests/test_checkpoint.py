@@ -8,11 +8,12 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +38,7 @@ from hpc_ddpm.config import TrainingConfig
 from hpc_ddpm.distributed import Ranks, process_group
 from hpc_ddpm.errors import CheckpointError, ClusterError
 from hpc_ddpm.training.saver import Saver
+from hpc_ddpm.workers.sole import sole_owner
 from launch.checkpoint_commands import checkpoint_app
 
 FILE_DIGEST = hashlib.file_digest
@@ -222,6 +224,36 @@ def test_a_failed_write_leaves_what_was_there(root: Path, monkeypatch: pytest.Mo
     with saver(root) as ours, pytest.raises(CheckpointError, match=r"rank 0: No space left.*free space"):
         ours.save(4, {}, PIECES, background=False)
     assert [path.name for path in sorted(root.iterdir())] == [f"step_0000000{step}" for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("harm", [lambda file: file.unlink(), lambda file: os.truncate(file, 8)])
+def test_one_whose_files_another_took_is_not_published(
+    root: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], None]
+) -> None:
+    """Whoever deletes or cuts them between their writing and their publishing."""
+
+    def write_and_lose(path: Path, pieces: list[Piece]) -> dict[str, Any]:
+        row = write_pieces(path, pieces)
+        harm(path)
+        return row
+
+    monkeypatch.setattr("hpc_ddpm.training.saver.write_pieces", write_and_lose)
+    with saver(root) as ours, pytest.raises(CheckpointError, match=r"step_00000004.tmp/pieces-.* missing or not \d+ b"):
+        ours.save(4, {}, PIECES, background=False)
+    assert [path.name for path in sorted(root.iterdir())] == [f"step_0000000{step}" for step in (1, 2, 3)]
+
+
+def test_who_has_lost_the_run_publishes_nothing(root: Path) -> None:
+    """Nor does it delete what another writes."""
+    state = root.parent / ".train"
+    with sole_owner(state, "train", str) as sole, saver(root) as ours:
+        ours.sole = sole
+        ours.save(4, {}, PIECES, background=False)
+        shutil.rmtree(state)
+        with sole_owner(state, "train", str), pytest.raises(ClusterError, match=r"process \d+ on"):
+            ours.save(5, {}, PIECES, background=False)
+    assert step_of(verified(root)) == 4
+    assert (root / "step_00000005.tmp").exists()
 
 
 def test_the_same_step_saved_again(root: Path) -> None:

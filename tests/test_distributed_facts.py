@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 
 import pytest
 import torch
 
 from hpc_ddpm.benchmark.device import exact_fp32
 from hpc_ddpm.device import has_native_bf16, local_device, resolve_precision
-from hpc_ddpm.distributed import RANK_VARIABLES, Ranks, StopFlag, _export, detect_ranks, first_host, process_group
-from hpc_ddpm.errors import ClusterError, ConfigError
+from hpc_ddpm.distributed import (
+    LAUNCHED,
+    PORTS,
+    RANK_VARIABLES,
+    Ranks,
+    StopFlag,
+    _export,
+    detect_ranks,
+    first_host,
+    free_port,
+    process_group,
+)
+from hpc_ddpm.errors import ClusterError, ConfigError, LostRankError
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -41,7 +53,7 @@ def test_srun() -> None:
     ranks = detect_ranks(SRUN)
     assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (2, 4, 0, 2)
     assert (ranks.started_by, ranks.master_addr) == ("srun", "gpu07")
-    assert 20_000 <= ranks.master_port < 60_000
+    assert 20_000 <= ranks.master_port < 32_768  # from there on, systems give ports to whoever connects
 
 
 def test_srun_ports_differ_between_jobs_steps_and_requeues() -> None:
@@ -79,6 +91,79 @@ def test_first_host(nodes: str, host: str) -> None:
 def test_contradictions_are_refused(environment: dict[str, str], part: str) -> None:
     with pytest.raises(ClusterError, match=part):
         detect_ranks(environment)
+
+
+EXPORTED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("exported", "part"),
+    [
+        (EXPORTED, "RANK=0 and WORLD_SIZE=1 set, but srun started this as rank 2 of 4; `unset RANK WORLD_SIZE LOCAL"),
+        ({"WORLD_SIZE": "1"}, "^WORLD_SIZE=1 set, but srun"),
+        ({"RANK": "0"}, "^RANK=0 set, but srun"),
+        ({"RANK": "x", "WORLD_SIZE": "4"}, "^RANK=x set, but srun"),
+    ],
+)
+def test_what_a_shell_exports_does_not_beat_the_scheduler(exported: dict[str, str], part: str) -> None:
+    """Or every task would take itself for rank 0 of 1, and all would write the same run."""
+    with pytest.raises(ClusterError, match=part):
+        detect_ranks(SRUN | exported)
+
+
+def test_what_a_shell_exports_does_not_beat_mpirun() -> None:
+    with pytest.raises(ClusterError, match="but mpirun started this as rank 1 of 2"):
+        detect_ranks(OPENMPI | EXPORTED)
+
+
+def test_launchers_inside_a_step_start_ranks_of_their_own() -> None:
+    for mark in ({"TORCHELASTIC_RUN_ID": "none"}, {LAUNCHED: "1"}):
+        assert detect_ranks(SRUN | TORCHRUN | mark) == Ranks(3, 4, 1, 2, "torchrun", "n1", 1234)
+    agreed = detect_ranks(SRUN | {"RANK": "2", "WORLD_SIZE": "4", "MASTER_PORT": "21000"})
+    assert (agreed.started_by, agreed.rank, agreed.master_addr, agreed.master_port) == ("srun", 2, "gpu07", 21000)
+    assert detect_ranks(SRUN | TORCHRUN | {"RANK": "2"}).started_by == "torchrun"
+
+
+def test_ranks_of_several_nodes_do_not_meet_on_each_of_them() -> None:
+    nodes = SRUN | {"SLURM_STEP_NUM_NODES": "2"}
+    with pytest.raises(ClusterError, match=r"MASTER_ADDR=127\.0\.0\.1 set, but srun started ranks on 2 nodes"):
+        detect_ranks(nodes | {"MASTER_ADDR": "127.0.0.1"})
+    assert detect_ranks(nodes | {"MASTER_ADDR": "ib-n1"}).master_addr == "ib-n1"
+
+
+def test_a_meeting_point_of_another_job_is_refused() -> None:
+    """A name that is left over from somewhere; the ranks would wait there for half an hour."""
+    ranks = Ranks(0, 2, 0, 1, "srun", "192.0.2.1", 21_000)  # an address that no machine has
+    with (
+        pytest.raises(ClusterError, match=r"MASTER_ADDR=192\.0\.2\.1 is not .*, where rank 0 runs"),
+        process_group(ranks),
+    ):
+        pass
+
+
+def test_a_port_that_is_taken_passes() -> None:
+    """The job comes back with another one."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        ranks = Ranks(0, 2, 0, 2, "srun", "127.0.0.1", taken.getsockname()[1])
+        met = pytest.raises(LostRankError, match=r"rank 0 of 2 did not meet the others at 127\.0\.0\.1:")
+        with met as caught, process_group(ranks):
+            pass
+    assert caught.value.exit_code == 75
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rank_that_does_not_come_passes() -> None:
+    ranks = Ranks(0, 2, 0, 2, "srun", "127.0.0.1", free_port())
+    with pytest.raises(LostRankError, match="did not meet the others"), process_group(ranks, timeout_s=1):
+        pass
+
+
+def test_free_ports() -> None:
+    found = {free_port() for _ in range(20)}
+    assert len(found) > 10 and found <= set(PORTS)
+    assert PORTS[-1] < 32_768
 
 
 def test_precision_follows_the_device() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.discover import Discovery, Unmatched, discover
 from hpc_ddpm.data.hooks import check_hooks
 from hpc_ddpm.data.plan import Row, build_plan, build_rows, digest_at, digest_of
@@ -29,6 +29,9 @@ from hpc_ddpm.data.split import split_subjects
 from hpc_ddpm.data.team import Team
 from hpc_ddpm.errors import ClusterError, DataFormatError
 from hpc_ddpm.files import fsync, writing_to
+from hpc_ddpm.workers.claims import Writer
+from hpc_ddpm.workers.owner import LEASE_S
+from hpc_ddpm.workers.sole import WAIT_S
 
 MAX_LISTED = 20
 
@@ -122,13 +125,22 @@ def _join(out: Path, purpose: str) -> Iterator[Writer]:
     Raises:
         ClusterError: others are at work with another purpose.
     """
+    has_said = False
     with Writer(out / STATE, purpose) as writer:
-        strangers = [owner for owner in writer.others() if owner.purpose != purpose]
-        if strangers:
-            raise ClusterError(
-                f"{out}: {strangers[0]} is packing other subjects, files or settings into it; wait for it, end it, "
-                "or choose another --out"
-            )
+        while strangers := [pulse for pulse in writer.pulses() if pulse.owner.purpose != purpose]:
+            if heard := [pulse.owner for pulse in strangers if pulse.is_heard]:
+                raise ClusterError(
+                    f"{out}: {heard[0]} is packing other subjects, files or settings into it; wait for it, end it, "
+                    "or choose another --out"
+                )
+            if not has_said:
+                warnings.warn(
+                    f"{out}: is {strangers[0].owner} still packing something else into it? Waiting {LEASE_S:.0f} s at "
+                    "most",
+                    stacklevel=2,
+                )
+                has_said = True
+            time.sleep(WAIT_S)
         yield writer
 
 

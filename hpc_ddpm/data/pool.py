@@ -12,9 +12,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.share import Job, Share
 from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.workers.claims import Writer
 
 POLL_S = 0.25
 SHARE_OF_TIME = 0.05

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.plan import Plan, Row, Shard, digest_at
 from hpc_ddpm.data.preprocess import prepare
 from hpc_ddpm.data.shard_writer import describe_shard, is_row_written, is_shard_written, write_row, write_shard
 from hpc_ddpm.data.shards import ShardEntry
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import write_json
+from hpc_ddpm.workers.claims import Writer
 
 STATE = ".pack"
 """Folder in the dataset that holds whatever is not published, until all is."""
@@ -136,7 +136,7 @@ class Share:
     _num_steps: int = field(default=0, init=False)
 
     def work(self) -> int:
-        """Until all shards are settled, or (where the job says so) others have begun the rest.
+        """Until all shards are settled, or (where the job says so) others that live have begun the rest.
 
         Returns:
             Subjects read and written.
@@ -151,7 +151,7 @@ class Share:
                 self._visit(shard, row)
             if self._num_steps > before:
                 wait_s = FIRST_WAIT_S
-            elif self.job.stays:
+            elif self.job.stays or not self.writer.has_heard_all():
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             else:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from hpc_ddpm.config import Config
-from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import write_json
 from hpc_ddpm.sampling.plan import MANIFEST, WAIT_S
+from hpc_ddpm.workers.claims import Writer
 
 SETTINGS = "sampling.json"
 PURPOSE = "sample"

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.covariates import to_numbers
 from hpc_ddpm.data.discover import Subject
 from hpc_ddpm.data.plan import Row, chunks, digest_of
@@ -26,6 +25,7 @@ from hpc_ddpm.data.shards import INDEX, crcs, read_index, to_hex, write_index
 from hpc_ddpm.files import fsync
 from hpc_ddpm.sampling.masks import Mask
 from hpc_ddpm.sampling.plan import Item
+from hpc_ddpm.workers.claims import Writer
 
 PACKED, ROWS = "packed", "rows"
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from hpc_ddpm.config import Config
-from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.sampling.finish import Finisher, Job
 from hpc_ddpm.sampling.generate import generate
 from hpc_ddpm.sampling.masks import load_mask
 from hpc_ddpm.sampling.plan import Item
+from hpc_ddpm.workers.claims import Writer
 
 
 class _StoppedError(Exception):

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import atomic_path
 from hpc_ddpm.sampling.masks import MaskSource
+from hpc_ddpm.workers.claims import Writer
 
 MANIFEST = "manifest.jsonl"
 WAIT_S = 0.05

@@ -1,7 +1,7 @@
 """Generate what a plan asks for, together with any number of workers that know each other by the folder alone.
 
-A worker takes volumes by leases (`data.claims`), reads masks ahead, computes, and hands each volume to threads that
-check and write it. A lease ends with its worker: what a dead one had begun, another takes over.
+A worker takes volumes by leases (`hpc_ddpm.workers`), reads masks ahead, computes, and hands each volume to threads
+that check and write it. A lease ends with its worker: what a dead one had begun, another takes over.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from hpc_ddpm.config import Config
-from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.labels import to_brats_raw
 from hpc_ddpm.data.shards import INDEX
 from hpc_ddpm.data.team import Team
@@ -35,6 +34,7 @@ from hpc_ddpm.sampling.packed import PACKED, ROWS, assemble
 from hpc_ddpm.sampling.pipeline import Pipeline
 from hpc_ddpm.sampling.plan import WAIT_S, Item, build_plan, extend_manifest, read_manifest
 from hpc_ddpm.sampling.write import estimate_bytes
+from hpc_ddpm.workers.claims import Writer
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
 LOOK_EVERY_S = 2.0
@@ -154,7 +154,7 @@ class Worker:
     _next_look: float = field(default=0.0, init=False)
 
     def work(self) -> None:
-        """Until every volume is finished or failed, or (where the team says so) others have begun the rest."""
+        """Until every volume is finished or failed, or (where the team says so) living ones have begun the rest."""
         started, wait_s = time.perf_counter(), FIRST_WAIT_S
         pipeline = Pipeline(self.model, self.finisher, self.writer, self._is_finished, lambda: bool(self.stop.signal))
         pipeline.on_volume = self._tell
@@ -164,7 +164,7 @@ class Worker:
                 break
             if pipeline.run(pending):
                 wait_s = FIRST_WAIT_S
-            elif self.team.stays:
+            elif self.team.stays or not self.writer.has_heard_all():
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             else:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpc_ddpm.data.claims import look_at_claims
 from hpc_ddpm.sampling.folder import SampleFolder, find_folder
 from hpc_ddpm.sampling.plan import read_manifest
+from hpc_ddpm.workers.claims import look_at_claims
 
 RECENT_S, MAX_RECENT = 3600.0, 500
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,11 @@ from hpc_ddpm.training.resume import CONFIG_FILE, check_data, check_resume
 from hpc_ddpm.training.saver import Saver
 from hpc_ddpm.training.validation import Validation
 from hpc_ddpm.training.watchdog import Watchdog
+from hpc_ddpm.workers.sole import Sole, sole_owner
 
 START_FILE = "start.json"
+STATE = ".train"
+"""Folder in the run that is there while somebody trains."""
 OnLog = Callable[[int, Mapping[str, float]], None]
 
 
@@ -83,22 +87,23 @@ def train(
     """
     training = config.training
     wanted = config
-    all_or_none(partial(_open_run, run_dir, config, ranks))
-    folder = agree_on_latest(run_dir / "checkpoints", ranks)
-    start = step_of(folder) if folder else 0
-    if start >= training.num_steps:
-        return TrainResult(start, start, 0)
-    config = config.model_copy(update={"data": agree_with_packed(config.data)})
-    if folder:
-        all_or_none(partial(check_data, folder, config.data.path))
-    config = settle_memory(config, run_dir, ranks, device, on_choice)
-    dataset = VolumeDataset(all_or_none(partial(stage, config.data, on_stage)), "train")
-    if config.data.cache == "ram":
-        dataset.keep_in_ram()
-    with nullcontext(stop) if stop else StopFlag() as stop:
+    with ExitStack() as stack:
+        sole = all_or_none(partial(_open_run, run_dir, config, ranks, stack))
+        folder = agree_on_latest(run_dir / "checkpoints", ranks)
+        start = step_of(folder) if folder else 0
+        if start >= training.num_steps:
+            return TrainResult(start, start, 0)
+        config = config.model_copy(update={"data": agree_with_packed(config.data)})
+        if folder:
+            all_or_none(partial(check_data, folder, config.data.path))
+        config = settle_memory(config, run_dir, ranks, device, on_choice)
+        dataset = VolumeDataset(all_or_none(partial(stage, config.data, on_stage)), "train")
+        if config.data.cache == "ram":
+            dataset.keep_in_ram()
+        run = Run(run_dir, wanted, ranks, device, stop or stack.enter_context(StopFlag()), sole, on_log)
         while True:
             try:
-                step, stopped_by = _train_from(folder, config, wanted, dataset, run_dir, ranks, device, stop, on_log)
+                step, stopped_by = _train_from(folder, config, dataset, run)
                 return TrainResult(step, start, stopped_by if step < training.num_steps else 0)
             except DivergedError as error:
                 diverged = error.with_traceback(None)  # whose frames hold the engine
@@ -106,11 +111,36 @@ def train(
             folder = roll_back(run_dir, diverged, training, ranks)
 
 
-def _open_run(run_dir: Path, wanted: Config, ranks: Ranks) -> None:
+@dataclass(frozen=True)
+class Run:
+    """What stays the same over all roll-backs."""
+
+    folder: Path
+    wanted: Config
+    """As it was asked for."""
+    ranks: Ranks
+    device: torch.device
+    stop: StopFlag
+    sole: Sole | None
+    """That nobody else trains here; of rank 0."""
+    on_log: OnLog
+
+
+def _open_run(run_dir: Path, wanted: Config, ranks: Ranks, stack: ExitStack) -> Sole | None:
     check_resume(run_dir, wanted)
-    if ranks.is_main:
-        with writing_to(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
+    if not ranks.is_main:
+        return None
+    with writing_to(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return stack.enter_context(sole_owner(run_dir / STATE, "train", partial(_refusal, run_dir), _note))
+
+
+def _refusal(run_dir: Path, holder: str) -> str:
+    return f"{run_dir}: {holder} trains here already; wait for it, end it, or choose another --out"
+
+
+def _note(line: str) -> None:
+    print(f"hpc-ddpm: note: {line}", file=sys.stderr, flush=True)
 
 
 def free_engine(device: torch.device) -> None:
@@ -120,19 +150,9 @@ def free_engine(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _train_from(
-    folder: Path | None,
-    config: Config,
-    wanted: Config,
-    dataset: VolumeDataset,
-    run_dir: Path,
-    ranks: Ranks,
-    device: torch.device,
-    stop: StopFlag,
-    on_log: OnLog,
-) -> tuple[int, int]:
+def _train_from(folder: Path | None, config: Config, dataset: VolumeDataset, run: Run) -> tuple[int, int]:
     """Go on from a checkpoint, or begin; returns the step where training ended, and the signal that ended it or 0."""
-    training = config.training
+    training, run_dir, ranks, device, stop = config.training, run.folder, run.ranks, run.device, run.stop
     step = start = step_of(folder) if folder else 0
     stopped_by = 0
     schedule = build_schedule(config.diffusion).to(device)
@@ -149,14 +169,14 @@ def _train_from(
         watchdog = stack.enter_context(Watchdog(run_dir, ranks.rank, training.hang_timeout_s))
         engine = stack.enter_context(closing(Engine(config, ranks, device, folder)))
         if ranks.is_main:
-            write_json(run_dir / CONFIG_FILE, wanted.dump(), indent=2)  # not before all else has agreed to it
+            write_json(run_dir / CONFIG_FILE, run.wanted.dump(), indent=2)  # not before all else has agreed to it
             write_json(run_dir / "provenance.json", provenance() | {"world_size": ranks.world_size}, indent=2)
             settings = {"given": engine.settings, "resolved": engine.resolved_settings}
             write_json(run_dir / "deepspeed.json", settings, indent=2)
             if folder is None:
                 write_json(run_dir / START_FILE, engine.start_report, indent=2)
         log = stack.enter_context(closing(RunLog(run_dir, is_main=ranks.is_main, start_step=start)))
-        saver = stack.enter_context(closing(Saver(run_dir / "checkpoints", training, ranks, device)))
+        saver = stack.enter_context(closing(Saver(run_dir / "checkpoints", training, ranks, device, run.sole)))
         steps = training.profile_steps if ranks.is_main else None
         profiler = stack.enter_context(closing(Profiler(steps, run_dir / PROFILE, engine.deepspeed.module, device)))
         feed = Feed(config, dataset, start, count_rollbacks(run_dir, ranks), ranks, device, stop)
@@ -165,6 +185,9 @@ def _train_from(
             with profiler.step(step - start + 1):
                 advance(engine, feed, config, schedule, step, meter, fault)
             step += 1
+            if run.sole:
+                with stop.failing():
+                    run.sole.check_quickly()
             stopped_by = stop.agreed(device)
             saver.poll()
             try:
@@ -188,7 +211,7 @@ def _train_from(
                         values |= spikes.watch(logged_step, values["loss"])
                     with stop.failing(), writing_to(run_dir):
                         log.scalars(logged_step, values)
-                    on_log(logged_step, values)
+                    run.on_log(logged_step, values)
             if is_save:
                 watchdog.beat(f"step {step}, before a checkpoint")
                 facts = {**digests, **engine.facts()}

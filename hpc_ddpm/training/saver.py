@@ -30,7 +30,8 @@ from hpc_ddpm.checkpoint import (
 )
 from hpc_ddpm.config import TrainingConfig
 from hpc_ddpm.distributed import Ranks
-from hpc_ddpm.errors import CheckpointError
+from hpc_ddpm.errors import CheckpointError, HpcDdpmError
+from hpc_ddpm.workers.sole import Sole
 
 Rows = list[tuple[str, dict[str, Any]]]
 
@@ -39,11 +40,14 @@ class Saver:
     """Publishes checkpoints in `root`, at most one at a time.
 
     `save`, `poll` and `finish` are collectives. Each raises CheckpointError on every rank when any rank could not
-    write (full or read-only disk); older checkpoints stay.
+    write (full or read-only disk) or a written file is gone, and ClusterError when another process has taken over
+    the run from `sole`; older checkpoints stay.
     """
 
-    def __init__(self, root: Path, training: TrainingConfig, ranks: Ranks, device: torch.device) -> None:
-        self.root, self.training, self.ranks, self.device = root, training, ranks, device
+    def __init__(
+        self, root: Path, training: TrainingConfig, ranks: Ranks, device: torch.device, sole: Sole | None = None
+    ) -> None:
+        self.root, self.training, self.ranks, self.device, self.sole = root, training, ranks, device, sole
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[Rows] | None = None
         self._then: Callable[[Rows], Future[Rows] | None] = lambda rows: None
@@ -97,8 +101,8 @@ class Saver:
         assert job is not None
         try:
             rows = [row for part in self._together(job.result, f"write {self._final}") for row in part]
-        except CheckpointError:
-            if self.ranks.is_main:
+        except HpcDdpmError as error:
+            if self.ranks.is_main and isinstance(error, CheckpointError):  # else it is another's
                 shutil.rmtree(unfinished_dir(self._final), ignore_errors=True)
             raise
         self._job, self._then = self._then(rows), lambda rows: None
@@ -112,6 +116,8 @@ class Saver:
     def _publish(self, final: Path, facts: dict[str, Any], rows: Rows) -> Rows:
         if not self.ranks.is_main:
             return []
+        if self.sole:
+            self.sole.check()
         publish(final, facts, dict(rows))
         old = prunable(final, self.training.keep_checkpoints, self.training.keep_every_steps)
         delete_checkpoints([*leftovers(self.root), *old])
@@ -125,18 +131,19 @@ class Saver:
     def _together(self, work: Callable[[], Any], what: str) -> list[Any]:
         """Run `work` on every rank; if it fails on one, all raise the same error instead of hanging."""
         try:
-            outcome: tuple[str, Any] = ("", work())
+            outcome: tuple[HpcDdpmError | None, Any] = (None, work())
         except OSError as caught:
-            outcome = (f"rank {self.ranks.rank}: {caught.strerror or caught}", None)
+            reason = f"rank {self.ranks.rank}: {caught.strerror or caught}"
+            advice = "free space or fix permissions, then run the same command"
+            outcome = (CheckpointError(f"cannot {what}: {reason}; {advice}"), None)
+        except HpcDdpmError as caught:
+            outcome = (caught, None)
         outcomes: list[Any] = [None] * self.ranks.world_size
         dist.all_gather_object(outcomes, outcome)
-        failures = [failure for failure, _ in outcomes if failure]
+        failures: list[HpcDdpmError] = [failure for failure, _ in outcomes if failure]
         if failures:
-            error = CheckpointError(
-                f"cannot {what}: {failures[0]}; free space or fix permissions, then run the same command"
-            )
-            error.is_on_all_ranks = True
-            raise error
+            failures[0].is_on_all_ranks = True
+            raise failures[0]
         return [value for _, value in outcomes]
 
 

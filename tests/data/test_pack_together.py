@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -21,9 +20,8 @@ from typing import Any
 import pytest
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data import claims, share
 from hpc_ddpm.data import pack as packing
-from hpc_ddpm.data.claims import Writer
+from hpc_ddpm.data import share
 from hpc_ddpm.data.discover import Subject
 from hpc_ddpm.data.pack import PackReport, pack
 from hpc_ddpm.data.phantom import write_phantoms
@@ -33,7 +31,9 @@ from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.data.team import Team, default_workers, detect_team
 from hpc_ddpm.distributed import Ranks
 from hpc_ddpm.errors import ClusterError, DataFormatError
-from tests.conftest import rank_environment
+from hpc_ddpm.workers import owner
+from hpc_ddpm.workers.claims import Writer
+from tests.conftest import Stranger, rank_environment
 
 SIZE = (16, 16, 16)
 SHARD_GIB = 3 * 16**3 * 3 / 2**30
@@ -364,61 +364,6 @@ def test_a_rank_that_dies_is_replaced(source: Path, tmp_path: Path, serial: dict
     assert files_only(out) == serial
 
 
-# ------------------------------------------------------------------------------------------------- claims
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / ".pack"
-
-
-def stranger(state: Path, age_s: float, **changes: Any) -> str:
-    """A writer of another host that was last heard of `age_s` ago, with a claim."""
-    facts = {"host": "n7", "namespace": "", "pid": 5, "started": "1", "job": "42", "purpose": "other", **changes}
-    folder = state / "writers" / "n7-5"
-    folder.mkdir(parents=True)
-    (folder / "owner.json").write_text(json.dumps(facts))
-    os.utime(folder, (time.time() - age_s,) * 2)
-    (state / "claims").mkdir()
-    (state / "claims" / "unit").symlink_to("n7-5")
-    return folder.name
-
-
-def test_a_claim_has_one_owner(state: Path) -> None:
-    with Writer(state, "p") as one, Writer(state, "p") as two:
-        with one.claim("unit") as first, two.claim("unit") as second:
-            assert (first, second) == (True, False)
-        with two.claim("unit") as again:
-            assert again
-        assert one.others() == [two.owner]
-    assert not list(state.glob("writers/*"))
-
-
-@pytest.mark.parametrize(
-    ("age_s", "changes", "is_free"),
-    [
-        (0.0, {}, False),
-        (claims.LEASE_S - 5, {}, False),
-        (claims.LEASE_S + 5, {}, True),
-        (0.0, {"host": claims._here()[0], "namespace": claims._here()[1], "pid": 1, "started": "0"}, True),
-    ],
-)
-def test_claims_of_the_dead_are_free(state: Path, age_s: float, changes: dict[str, Any], is_free: bool) -> None:
-    stranger(state, age_s, **changes)
-    with Writer(state, "p") as writer, writer.claim("unit") as is_ours:
-        assert is_ours == is_free
-        assert bool(writer.others()) != is_free
-        assert (state / "writers" / "n7-5").exists() != is_free
-
-
-def test_writers_are_heard(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.02)
-    with Writer(state, "p") as writer:
-        os.utime(writer.scratch, (0, 0))
-        time.sleep(0.2)
-        assert writer.scratch.stat().st_mtime > 0
-
-
 # ------------------------------------------------------------------------------------------------- two at once
 
 
@@ -428,15 +373,21 @@ def test_the_same_twice_at_once_is_help(start: Start, tmp_path: Path, serial: di
     assert files(tmp_path / "out") == serial
 
 
-def test_something_else_at_once_is_refused(source: Path, tmp_path: Path) -> None:
+def test_something_else_at_once_is_refused(
+    source: Path, tmp_path: Path, stranger: Callable[..., Stranger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as it is heard; it may have died without a word."""
     out = tmp_path / "out"
-    name = stranger(out / ".pack", 0.0)
-    with pytest.raises(
-        ClusterError, match=r"out: process 5 on n7 \(SLURM job 42\) is packing other subjects, files or"
-    ):
+    other = stranger(out / ".pack", beat_s=1e9)
+    monkeypatch.setattr(packing.time, "sleep", lambda seconds: other.beat())
+    refused = r"out: process 5 on n7 \(SLURM job 42\) is packing other subjects, files or"
+    with pytest.warns(UserWarning, match="still packing something else"), pytest.raises(ClusterError, match=refused):
         pack(source, out, small(), skip_bad=True)
-    shutil.rmtree(out / ".pack" / "writers" / name)
-    assert pack(source, out, small(), skip_bad=True).num_written == 10
+    monkeypatch.undo()
+    monkeypatch.setattr(owner, "LEASE_S", 0.2)
+    with pytest.warns(UserWarning, match="still packing something else"):
+        assert pack(source, out, small(), skip_bad=True).num_written == 10
+    assert not (out / ".pack").exists()
 
 
 def test_an_array_task_leaves_the_end_to_others(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

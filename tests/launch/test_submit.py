@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hpc_ddpm.config import load_config
+from hpc_ddpm.distributed import LAUNCHED
 from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.runlog import git_commit
 from launch.executor import Request, _submit_slurm, submit
@@ -251,12 +252,14 @@ def test_a_job_does_not_inherit_the_allocation_that_it_is_submitted_from(
     (tmp_path / "sbatch").write_text(f"#!/bin/sh\n/usr/bin/env > {tmp_path}/env\necho Submitted batch job 1\n")
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    for name in ("SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "SBATCH_ACCOUNT"):
+    of_ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_RANK", LAUNCHED)
+    for name in ("SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "SBATCH_ACCOUNT", *of_ranks):
         monkeypatch.setenv(name, "7")
     request = Request("report", ("report",), tmp_path / "run", load_profile("devcluster"))
     _submit_slurm(request, tmp_path, StageJob(("report",), str(tmp_path), str(tmp_path)))
     seen = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
     assert {name for name in seen if name.startswith(("SLURM_", "SBATCH_"))} == {"SLURM_CONF", "SBATCH_ACCOUNT"}
+    assert not seen & set(of_ranks)
     assert os.environ["SLURM_JOB_ID"] == "7"
 
 

@@ -10,7 +10,6 @@ import pytest
 
 import hpc_ddpm
 from hpc_ddpm.config import load_config
-from hpc_ddpm.data.claims import Writer
 from hpc_ddpm.data.nifti import read_nifti
 from hpc_ddpm.data.shards import INT16_SCALE, open_packed
 from hpc_ddpm.data.team import Team
@@ -20,6 +19,7 @@ from hpc_ddpm.sampling.masks import MaskSource, find_mask_files
 from hpc_ddpm.sampling.plan import build_plan, read_manifest, try_seed
 from hpc_ddpm.sampling.run import plan_set, run_sampling
 from hpc_ddpm.sampling.verify import verify_set
+from hpc_ddpm.workers.claims import Writer
 from tests.conftest import TINY
 from tests.sampling.conftest import Generate, save_random_weights, sidecars, voxels
 

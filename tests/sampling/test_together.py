@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from hpc_ddpm.data import claims
-from hpc_ddpm.data.claims import Writer, look_at_claims
 from hpc_ddpm.data.team import Team
 from hpc_ddpm.sampling.status import read_status
 from hpc_ddpm.sampling.verify import verify_set
-from tests.conftest import rank_environment
+from hpc_ddpm.workers import owner
+from hpc_ddpm.workers.claims import Writer, look_at_claims
+from tests.conftest import Stranger, rank_environment
 from tests.forks import Fork
 from tests.sampling.conftest import Generate, voxels
 from tests.sampling.harness import generate_under_fire
@@ -66,22 +66,20 @@ def test_array_tasks(weights: Path, heads: Path, tmp_path: Path, fork: Callable[
     assert (tmp_path / "packed" / "index.json").exists()
 
 
-def test_a_lease_of_another_node_ends(generate_set: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that cannot be asked whether it lives keeps its volume until its heartbeat is old."""
-    with Writer(tmp_path / ".sample", "sample") as elsewhere:
-        elsewhere._end.set()
-        owner = elsewhere.scratch / "owner.json"
-        owner.write_text(owner.read_text().replace(elsewhere.owner.host, "elsewhere"))
-        (tmp_path / ".sample" / "claims").mkdir()
-        (tmp_path / ".sample" / "claims" / "head_0002_r000").symlink_to(elsewhere.name)
-        assert generate_set(tmp_path, team=Team("x", stays=False)).done == 4
-        found = read_status(tmp_path)
-        assert (found["leased"], len(found["workers"]), found["left"]) == (1, 1, 1)
-        assert found["eta_s"] is not None
-        then = elsewhere.scratch.stat().st_mtime - claims.LEASE_S - 1
-        os.utime(elsewhere.scratch, (then, then))
-        assert look_at_claims(tmp_path / ".sample") == ([], set())
-        assert generate_set(tmp_path, masks=None).done == 5
+def test_a_lease_of_another_node_ends(
+    generate_set: Generate, tmp_path: Path, stranger: Callable[..., Stranger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that cannot be asked whether it lives keeps its volume until it is silent."""
+    elsewhere = stranger(tmp_path / ".sample")
+    elsewhere.link.rename(elsewhere.link.with_name("head_0002_r000"))
+    assert generate_set(tmp_path, team=Team("x", stays=False)).done == 4
+    found = read_status(tmp_path)
+    assert (found["leased"], len(found["workers"]), found["left"]) == (1, 1, 1)
+    assert found["eta_s"] is not None
+    elsewhere.die()
+    monkeypatch.setattr(owner, "LEASE_S", 0.2)
+    assert generate_set(tmp_path, masks=None, team=Team("y", stays=False)).done == 5
+    assert not (tmp_path / ".sample").exists()
 
 
 def test_who_joins_at_the_end_keeps_its_place(

@@ -1,0 +1,232 @@
+"""Who does what: processes on any node share the work through a folder alone, and outlive each other.
+
+    writers/NAME/   of one living writer: owner.json with its heartbeat, and files that it has not finished
+    claims/UNIT     a symbolic link to the NAME that works on it: made in one step, by one of many
+
+A claim saves work; it does not protect files. Should two writers believe that they have it (a process that was
+stopped for longer than LEASE_S), both write the same bytes, and each renames a whole file. Where only one may go on,
+see `hpc_ddpm.workers.sole`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+
+from hpc_ddpm.workers.owner import HEARTBEAT_S, LEASE_S, RECORD, Owner, Pulse, Watch, read_owner, this_process
+
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+"""How file systems refuse symbolic links."""
+LOOKS_PER_BEAT = 8
+"""At other writers: a thousand of them must not keep the storage busy with it."""
+
+
+class Writer:
+    """This process among the writers of a folder; a context manager."""
+
+    def __init__(self, state: Path, purpose: str) -> None:
+        self.owner = this_process(purpose)
+        self.name = f"{self.owner.host}-{self.owner.pid}-{secrets.token_hex(4)}"
+        self.state = state
+        self.scratch = state / "writers" / self.name
+        """For files that this writer has not finished."""
+        self.lost: set[str] = set()
+        """Claims of this writer that others took over, because it was silent for too long."""
+        self._held: set[str] = set()
+        self._watch = Watch()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._keep_beating, daemon=True)
+
+    def __enter__(self) -> Writer:
+        while not self._join():
+            pass
+        self._bury(self._folders())
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.leave()
+
+    def _join(self) -> bool:
+        """Appear among the writers, at once; False where the last of them has just cleared away."""
+        begin = self.state / f".{self.name}"
+        begin.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            self.owner.write(begin)
+            self.scratch.parent.mkdir(exist_ok=True)
+            begin.rename(self.scratch)
+            return True
+        return False
+
+    def leave(self) -> bool:
+        """End being a writer; whether this one was the last."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self._bury(self._folders())
+        return not self.others()
+
+    def clear_away(self) -> None:
+        """Remove the whole folder after `leave`, unless another writer has joined meanwhile."""
+        with suppress(OSError):
+            self.scratch.parent.rmdir()
+            for entry in self.state.iterdir():
+                if entry.is_file():
+                    entry.unlink()
+                elif entry != self.scratch.parent:  # made again by one who joins now
+                    shutil.rmtree(entry, ignore_errors=True)
+            self.state.rmdir()
+
+    @contextmanager
+    def claim(self, unit: str) -> Iterator[bool]:
+        """Whether the piece of work called `unit` is ours until the end of the block."""
+        is_ours = self._take(unit)
+        if is_ours:
+            self._held.add(unit)
+            self.lost.discard(unit)
+        try:
+            yield is_ours
+        finally:
+            if is_ours:
+                self._held.discard(unit)
+                with suppress(OSError):  # it ends with this writer at the latest
+                    if self.claimant(unit) == self.name:
+                        self._link(unit).unlink(missing_ok=True)
+
+    def claimant(self, unit: str) -> str | None:
+        """Name of the writer, living or not, that has the claim."""
+        try:
+            return str(self._link(unit).readlink())
+        except FileNotFoundError:
+            return None
+
+    def age_in_words(self, unit: str) -> str:
+        """How long a claim has been held, by the file system's clock: `, for 12 min`; empty if it cannot be known."""
+        with suppress(OSError):
+            minutes = (_file_system_time(self.scratch) - self._link(unit).lstat().st_mtime) / 60
+            if minutes >= 0:
+                return f", for {minutes / 60:.1f} h" if minutes >= 60 else f", for {minutes:.0f} min"
+        return ""
+
+    def look(self, name: str) -> Pulse | None:
+        """Another writer by its name; None if it does not live."""
+        return self._watch.look(self.scratch.with_name(name))
+
+    def others(self) -> list[Owner]:
+        """Living writers of the folder, without this one."""
+        return [pulse.owner for pulse in self.pulses()]
+
+    def has_heard_all(self) -> bool:
+        """Whether the other writers are known to live; one that was silent since this one joined may be dead."""
+        return all(pulse.is_heard for pulse in self.pulses())
+
+    def pulses(self) -> list[Pulse]:
+        """What is seen of the other writers that live, or may."""
+        return [pulse for folder in self._folders() if (pulse := self._watch.look(folder))]
+
+    def _take(self, unit: str) -> bool:
+        self._link(unit).parent.mkdir(parents=True, exist_ok=True)
+        if self._make(unit):
+            return True
+        claimant = self.claimant(unit)
+        if claimant is None:
+            return self._make(unit)
+        if claimant == self.name:  # the answer of a server was lost, and the same was asked again
+            return unit not in self._held
+        return self.look(claimant) is None and self._inherit(unit, claimant)
+
+    def _make(self, unit: str) -> bool:
+        try:
+            self._link(unit).symlink_to(self.name)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            warnings.warn(
+                f"{self.state}: this file system has no symbolic links ({error.strerror}), so nobody notices others "
+                "that do the same work at the same time; start one process only",
+                stacklevel=2,
+            )
+        return True
+
+    def _inherit(self, unit: str, dead: str) -> bool:
+        """Take over a dead writer's claim. Of several who want to, one may: who claims what is named after both."""
+        with self.claim(f".{sha256(f'{unit}/{dead}'.encode()).hexdigest()[:32]}") as is_heir:
+            if not is_heir or self.claimant(unit) != dead:
+                return False
+            mine = self._link(f".{self.name}-{secrets.token_hex(4)}")
+            mine.symlink_to(self.name)
+            mine.replace(self._link(unit))
+            return True
+
+    def _link(self, unit: str) -> Path:
+        return self.state / "claims" / unit
+
+    def _folders(self) -> list[Path]:
+        """One per other writer, living or not."""
+        with suppress(FileNotFoundError):  # the last writer has just cleared away
+            return [entry for entry in self.scratch.parent.iterdir() if entry.name[0] != "." and entry != self.scratch]
+        return []
+
+    def _bury(self, folders: list[Path]) -> None:
+        """Remove what the dead among these writers left."""
+        for folder in folders:
+            if self._watch.look(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _keep_beating(self) -> None:
+        ahead: list[Path] = []
+        while not self._end.wait(HEARTBEAT_S):
+            with suppress(OSError):
+                self._beat()
+                ahead = ahead[LOOKS_PER_BEAT:] or self._folders()
+                self._bury(ahead[:LOOKS_PER_BEAT])
+                self.lost |= {unit for unit in tuple(self._held) if self.claimant(unit) != self.name}
+
+    def _beat(self) -> None:
+        try:
+            os.utime(self.scratch / RECORD)
+        except FileNotFoundError:  # others took this writer for dead
+            self._join()
+
+
+def look_at_claims(state: Path) -> tuple[list[Owner], set[str]]:
+    """Writers of a folder that seem to live, and the units of work that they have claimed; without joining them.
+
+    For people only: one look can go by nothing but time stamps.
+    """
+    writers, claims = state / "writers", state / "claims"
+    if not writers.is_dir():
+        return [], set()
+    now, alive, held = _file_system_time(state), dict[str, Owner](), set[str]()
+    for folder in writers.iterdir():
+        with suppress(OSError):
+            owner, stamp = read_owner(folder)
+            if folder.name[0] != "." and not owner.is_gone and now - stamp / 1e9 < LEASE_S:
+                alive[folder.name] = owner
+    for link in claims.iterdir() if claims.is_dir() else ():
+        with suppress(OSError):
+            if link.name[0] != "." and str(link.readlink()) in alive:
+                held.add(link.name)
+    return list(alive.values()), held
+
+
+def _file_system_time(folder: Path) -> float:
+    """By its own clock where a file can be written, else by ours."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()

@@ -1,0 +1,86 @@
+"""One process at a time: whoever comes second is refused, and takes over from the dead.
+
+This is how the whole project locks. `flock` is not used: network file systems answer it in many ways, or wrongly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.workers.claims import Writer
+from hpc_ddpm.workers.owner import LEASE_S
+
+UNIT = "all"
+WAIT_S = 0.5
+
+
+class Sole:
+    """This process, which has the folder for itself."""
+
+    def __init__(self, writer: Writer, refuse: Callable[[str], str]) -> None:
+        self._writer = writer
+        self._refuse = refuse
+
+    def check(self) -> None:
+        """Ask the file system whether nobody has taken over.
+
+        Raises:
+            ClusterError: another process did, because this one was silent for too long.
+        """
+        name = self._writer.claimant(UNIT)
+        if name != self._writer.name:
+            pulse = self._writer.look(name) if name else None
+            raise ClusterError(self._refuse(str(pulse.owner) if pulse else "another process"))
+
+    def check_quickly(self) -> None:
+        """As `check`, by what the last heartbeat found; touches no file."""
+        if UNIT in self._writer.lost:
+            self.check()
+
+
+@contextmanager
+def sole_owner(
+    state: Path, purpose: str, refuse: Callable[[str], str], say: Callable[[str], None] = lambda line: None
+) -> Iterator[Sole]:
+    """Have the folder `state` for this process alone until the end of the block; nothing is left of it then.
+
+    An owner on another machine that has never been heard may be dead: it is given LEASE_S to show that it lives.
+
+    Args:
+        state: made where it is missing, with its parents.
+        purpose: what this process does, for people who look.
+        refuse: makes the message from the holder in words (`process 7 on n1 (SLURM job 42), for 12 min`).
+        say: told, in one line, why it waits.
+
+    Raises:
+        ClusterError: another process has it.
+    """
+    writer = Writer(state, purpose)
+    try:
+        with writer, _claimed(writer, refuse, say):
+            yield Sole(writer, refuse)
+    finally:
+        if writer.leave():
+            writer.clear_away()
+
+
+@contextmanager
+def _claimed(writer: Writer, refuse: Callable[[str], str], say: Callable[[str], None]) -> Iterator[None]:
+    has_said = False
+    while True:
+        with writer.claim(UNIT) as is_ours:
+            if is_ours:
+                yield
+                return
+        name = writer.claimant(UNIT)
+        if name and (pulse := writer.look(name)):
+            if pulse.is_heard:
+                raise ClusterError(refuse(f"{pulse.owner}{writer.age_in_words(UNIT)}"))
+            if not has_said:
+                say(f"{writer.state.parent}: is {pulse.owner} still at work? Waiting {LEASE_S:.0f} s at most")
+                has_said = True
+            time.sleep(WAIT_S)

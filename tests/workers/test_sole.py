@@ -1,0 +1,93 @@
+"""One process at a time: the second is refused by name, and takes over from the dead."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.workers import owner
+from hpc_ddpm.workers.owner import Owner, this_process
+from hpc_ddpm.workers.sole import UNIT, sole_owner
+from tests.conftest import Stranger
+
+Strangers = Callable[..., Stranger]
+
+
+def refuse(holder: str) -> str:
+    return f"{holder} has it"
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "run" / ".train"
+
+
+@pytest.fixture
+def holder(state: Path, stranger: Strangers) -> Stranger:
+    """Of another machine."""
+    other = stranger(state)
+    other.link.rename(other.link.with_name(UNIT))
+    return other
+
+
+def test_the_second_is_refused_and_nothing_is_left(state: Path) -> None:
+    with sole_owner(state, "train", refuse) as first:
+        pid = this_process("").pid
+        with (
+            pytest.raises(ClusterError, match=f"process {pid} on .*, for 0 min has it"),
+            sole_owner(state, "p", refuse),
+        ):
+            pass
+        first.check()
+    assert not state.exists() and state.parent.is_dir()
+    with pytest.raises(ZeroDivisionError), sole_owner(state, "train", refuse):
+        _ = 1 / 0
+    assert not state.exists()
+
+
+def test_a_holder_elsewhere_is_named_once_it_is_heard(state: Path, stranger: Strangers) -> None:
+    other, said = stranger(state, beat_s=1e9), list[str]()
+    other.link.rename(other.link.with_name(UNIT))
+
+    def hear(line: str) -> None:
+        said.append(line)
+        other.beat()
+
+    refused = pytest.raises(ClusterError, match=r"process 5 on n7 \(SLURM job 42\), for 0 min has it")
+    with refused, sole_owner(state, "train", refuse, hear):
+        pass
+    assert said == [f"{state.parent}: is process 5 on n7 (SLURM job 42) still at work? Waiting 60 s at most"]
+
+
+def test_the_dead_are_followed(state: Path, holder: Stranger, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder.die()
+    monkeypatch.setattr(owner, "LEASE_S", 0.2)
+    with sole_owner(state, "train", refuse) as sole:
+        sole.check()
+    assert not state.exists()
+
+
+def test_who_died_on_this_machine_is_followed_at_once(
+    state: Path, holder: Stranger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Owner(**(this_process("train").__dict__ | {"started": "0"})).write(holder.folder)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    with sole_owner(state, "train", refuse) as sole:
+        sole.check()
+
+
+def test_who_was_taken_for_dead_hears_of_it(state: Path) -> None:
+    with sole_owner(state, "train", refuse) as first:
+        shutil.rmtree(state)  # as the others do
+        with sole_owner(state, "train", refuse):
+            with pytest.raises(ClusterError, match=r"process \d+ on .* has it"):
+                first.check()
+            first.check_quickly()  # before its next heartbeat it does not know
+            first._writer.lost.add(UNIT)
+            with pytest.raises(ClusterError, match=r"process \d+ on .* has it"):
+                first.check_quickly()
