@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,22 @@ from scipy import ndimage
 from hpc_ddpm.config import LabelsConfig
 from hpc_ddpm.data.geometry import Box
 from hpc_ddpm.data.labels import outer_label
+from hpc_ddpm.errors import DataFormatError
 
 Array = NDArray[Any]
 Inside = NDArray[np.bool_]
+EVEN, FAINT = 0.05, 1e-3
+"""Of the range of an image: how far the background may vary, and what is too little to tell."""
+MIN_BACKGROUND = 0.5
+"""Of the border, that is background."""
+MAX_REACH = 0.1
+"""Of the border, that a body with values on both sides of the background may reach."""
+MAX_FAINT, MAX_BELOW = 0.01, 0.01
+"""Of the voxels above the background: faint ones, and those below it, that are still nothing but chance."""
+MIN_PIECE = 0.01
+"""Of the largest piece, so that another one is no noise."""
+ALIKE, UNLIKE = 0.8, 0.5
+"""Dice of two modalities that show one brain, and of two that do not."""
 
 
 def foreground(volume: NDArray[np.float32]) -> Inside:
@@ -29,10 +44,97 @@ def foreground(volume: NDArray[np.float32]) -> Inside:
     return np.asarray(ndimage.binary_fill_holes(volume > threshold), bool)
 
 
+def above_background(volume: NDArray[np.float32]) -> Inside | None:
+    """Inside of what differs from the background, which is the value of the border; None where the border has none.
+
+    Where the background is even, that is every voxel above it, as Med-DDPM has it. Where it is not, or where values
+    lie on both sides of it (z-scores), small pieces count as noise, and holes are filled.
+
+    Args:
+        volume: (D, H, W), finite; a skull-stripped brain, or another body on an even background.
+    """
+    border = np.concatenate([np.take(volume, [0, -1], axis).ravel() for axis in range(3)])
+    level = np.float32(np.median(border))
+    away = volume - level
+    step = 1 if volume.size < 2**18 else 3
+    some = np.abs(away[::step, ::step, ::step])
+    spread = float(np.percentile(some, 99)) or float(np.abs(away).max())
+    noise = np.abs(border - level)
+    noise = noise[noise <= EVEN * spread]
+    if noise.size < MIN_BACKGROUND * border.size:
+        return None
+    tolerance = max(FAINT * spread, 2 * float(np.percentile(noise, 99)))
+    above, below = away > tolerance, away < -tolerance
+    is_one_sided = int(below.sum()) <= MAX_BELOW * int(above.sum())
+    clear, every = (above, away > 0) if is_one_sided else (above | below, away != 0)
+    is_even = int(every.sum()) <= (1 + MAX_FAINT) * int(clear.sum())
+    if not clear.any():
+        return None
+    if is_one_sided:
+        return every if is_even else _solid(clear)
+    inside = _solid(every if is_even else clear)
+    return inside if _reach(inside) <= MAX_REACH else None
+
+
+def brain(shown: Sequence[Inside | None], path: Path) -> Inside:
+    """The brain of a subject by what `above_background` says of each of its images.
+
+    It is that of the first image, or where that one has no background, what most others show.
+
+    Args:
+        shown: one for each modality, in order, all of one shape (D, H, W).
+        path: of the first image, for messages.
+
+    Raises:
+        DataFormatError: no image has a background, or the first shows another body than all others.
+    """
+    clear = [inside for inside in shown if inside is not None]
+    if not clear:
+        raise DataFormatError(
+            f"{path}: the brain cannot be told from the background: the border of the image is not one even value; "
+            "give images without skull in a wider field of view, or masks that label the brain",
+            "brain-unclear",
+        )
+    first, others = shown[0], clear if shown[0] is None else clear[1:]
+    if first is None:
+        return _most(others)
+    if len(others) > 1:
+        usual = _most(others)
+        if _dice(first, usual) < UNLIKE and all(_dice(inside, usual) > ALIKE for inside in others):
+            raise DataFormatError(
+                f"{path}: {int(first.sum())} voxels differ from its background, {int(usual.sum())} in the other "
+                "modalities; take the skull off all of them, or give masks that label the brain",
+                "brain-unclear",
+            )
+    return first
+
+
+def _most(shown: Sequence[Inside]) -> Inside:
+    return np.asarray(2 * np.sum(shown, axis=0, dtype=np.uint8) > len(shown))
+
+
+def _dice(one: Inside, other: Inside) -> float:
+    return 2 * float((one & other).sum()) / max(int(one.sum()) + int(other.sum()), 1)
+
+
+def _solid(inside: Inside) -> Inside:
+    """Without specks and holes."""
+    pieces, count = ndimage.label(inside)
+    sizes = np.bincount(pieces.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    return np.asarray(ndimage.binary_fill_holes((sizes >= max(MIN_PIECE * sizes.max(), 1))[pieces]), bool)
+
+
+def _reach(inside: Inside) -> float:
+    """Share of the border that is inside."""
+    return float(np.mean(np.concatenate([np.take(inside, [0, -1], axis).ravel() for axis in range(3)])))
+
+
 def head(mask: NDArray[np.uint8], image: NDArray[np.float32] | None, labels: LabelsConfig) -> Inside:
     """The head (or other body part) of a subject.
 
-    It is what the mask labels, where its scheme has a head or brain; else the foreground of the image is added.
+    It is what the mask labels, where its scheme has a head or brain; else the foreground of the image is added: what
+    is above its background where the foreground has a label (a brain without skull), otherwise by Otsu.
 
     Args:
         mask: (D, H, W), values of the scheme; the foreground label is not added yet.
@@ -42,7 +144,8 @@ def head(mask: NDArray[np.uint8], image: NDArray[np.float32] | None, labels: Lab
     inside = mask > 0
     if image is None or (outer_label(labels) is not None and labels.foreground_label is None):
         return inside
-    return inside | (foreground(image) if labels.foreground_label is None else image > image.min())
+    shown = None if labels.foreground_label is None else above_background(image)
+    return inside | (foreground(image) if shown is None else shown)
 
 
 def box_around(inside: Inside) -> Box:

@@ -5,6 +5,7 @@ C D H W with D, H, W = Z, Y, X. Shapes and sizes in configuration and metadata a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.discover import Subject
-from hpc_ddpm.data.foreground import box_around, head
+from hpc_ddpm.data.foreground import Inside, above_background, box_around, brain, head
 from hpc_ddpm.data.geometry import Geometry, fit, resample
 from hpc_ddpm.data.hooks import hooked
 from hpc_ddpm.data.intensity import background, normalize
@@ -51,21 +52,30 @@ def prepare(subject: Subject, config: DataConfig) -> Prepared:
     file, labels, geometry = _read_mask(subject.mask, config)
     image = np.empty((config.num_modalities, *config.spatial_shape), np.float32)
     intensity = np.empty((config.num_modalities, 2), np.float32)
+    shown: list[Inside | None] = []
     for channel, modality in enumerate(config.modalities):
         path = subject.images[modality]
         with hooked(path, subject.id, modality, config) as image_file:
             raw = resample(_read_image(image_file, path, file, subject.mask, config), geometry)
         if channel == 0:
             geometry = _placed(geometry, labels, raw, config)
-            mask = fit(labels, geometry, 0)
-            add_foreground(mask, _foreground(raw, geometry), config.labels)
+        if config.labels.foreground_label is not None:
+            shown.append(above_background(raw))
         image[channel], intensity[channel] = _normalize_and_fit(raw, labels, geometry, config, path)
+    mask = fit(labels, geometry, 0)
+    if shown:
+        add_foreground(mask, fit(brain(shown, subject.images[config.modalities[0]]), geometry, 0), config.labels)
     check_present(mask, config.labels, subject.mask)
     return Prepared(image, mask, geometry.affine, geometry, intensity)
 
 
-def prepare_mask(path: str | Path, config: DataConfig) -> tuple[Mask, Affine, Geometry]:
-    """Read, check and fit a mask by itself.
+def prepare_mask(path: str | Path, config: DataConfig, images: Sequence[Path] = ()) -> tuple[Mask, Affine, Geometry]:
+    """Read, check and fit a mask by itself, or with the images beside it.
+
+    Args:
+        path: of the mask.
+        config: its `modalities` do not matter here.
+        images: of the same subject and grid, in order; read where the scheme takes its foreground label from them.
 
     Returns:
         (D, H, W) uint8, its affine (X, Y, Z voxels to mm), and its geometry.
@@ -74,9 +84,17 @@ def prepare_mask(path: str | Path, config: DataConfig) -> tuple[Mask, Affine, Ge
         DataFormatError: as `prepare`; also where labels that come from the images are missing.
     """
     path, config = Path(path), _resolve(config)
-    _, labels, geometry = _read_mask(path, config)
-    geometry = _placed(geometry, labels, None, config)
+    file, labels, geometry = _read_mask(path, config)
+    shown: list[Inside | None] = []
+    first: Image | None = None
+    for image in images if config.labels.foreground_label is not None else ():
+        raw = resample(_read_image(image, image, file, path, config), geometry)
+        first = raw if first is None else first
+        shown.append(above_background(raw))
+    geometry = _placed(geometry, labels, first, config)
     mask = fit(labels, geometry, 0)
+    if shown:
+        add_foreground(mask, fit(brain(shown, images[0]), geometry, 0), config.labels)
     check_present(mask, config.labels, path)
     return mask, geometry.affine, geometry
 
@@ -145,14 +163,6 @@ def _normalize_and_fit(
     inside = head(labels, raw, config.labels) if config.normalization == "zscore" else None
     volume, intensity = normalize(raw, config, path, inside)
     return fit(volume, geometry, background(volume, config)), intensity
-
-
-def _foreground(raw: Image, geometry: Geometry) -> NDArray[np.bool_]:
-    """(D, H, W) as packed: where the modality is above its minimum."""
-    if geometry.fit == "resize":
-        return fit(raw > raw.min(), geometry, 0)
-    cropped = fit(raw, geometry, float(raw.min()))
-    return cropped > cropped.min()
 
 
 def _grid(file: Volume) -> str:

@@ -178,6 +178,12 @@ def plant_raw_brats(root: Path) -> None:
         edit(file, lambda data: np.where(data == 1, 2, np.where(data == 2, 4, 0)).astype(np.uint8))
 
 
+def plant_no_background(root: Path) -> None:
+    """Images that the brain fills."""
+    for role in ("t1", "t2"):
+        edit(path(root, role), lambda data: np.random.default_rng(0).normal(500, 100, data.shape).astype(np.float32))
+
+
 def plant_table(root: Path) -> None:
     with (root / "table.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -188,6 +194,7 @@ def plant_table(root: Path) -> None:
 
 
 BRATS_LABELS = LabelsConfig(names={1: "core", 2: "edema", 3: "enhancing", 4: "brain"})
+BRAIN_OF_IMAGES = LabelsConfig(names={1: "head", 2: "tumour", 3: "brain"}, foreground_label=3)
 FAULTS: list[tuple[str, str, Callable[[Path], Any], dict[str, Any]]] = [
     ("an image alone", "unmatched-file", plant_unmatched, {}),
     ("two masks", "duplicate-subject", plant_duplicate, {}),
@@ -217,6 +224,7 @@ FAULTS: list[tuple[str, str, Callable[[Path], Any], dict[str, Any]]] = [
     ("an unknown label", "unexpected-labels", lambda r: edit(path(r, "mask"), put(7)), {}),
     ("an empty mask", "empty-mask", lambda r: edit(path(r, "mask"), np.zeros_like), {}),
     ("no head", "missing-outer-label", lambda r: edit(path(r, "mask"), lambda d: np.where(d == 1, 0, d)), {}),
+    ("no background", "brain-unclear", plant_no_background, {"labels": BRAIN_OF_IMAGES}),
     ("raw BraTS masks", "raw-brats-coding", plant_raw_brats, {"labels": BRATS_LABELS}),
     ("no tumour", "label-absent", lambda r: edit(path(r, "mask"), lambda d: np.minimum(d, 1)), {}),
     ("a label too many", "label-never-found", same, {"labels": {"names": {1: "head", 2: "tumour", 3: "ghost"}}}),

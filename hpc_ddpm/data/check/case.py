@@ -13,7 +13,7 @@ from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.check.findings import Finding
 from hpc_ddpm.data.check.similarity import shrink, subsample
 from hpc_ddpm.data.discover import MASK, Subject
-from hpc_ddpm.data.foreground import foreground
+from hpc_ddpm.data.foreground import above_background, brain, foreground
 from hpc_ddpm.data.labels import add_foreground, brats_raw_labels, remap_labels
 from hpc_ddpm.data.nifti import Header, Volume, read_header, read_nifti, turn_to_ras
 from hpc_ddpm.data.preprocess import Prepared, grid_distance, prepare
@@ -91,12 +91,13 @@ class Case:
             return None
         try:
             labels = remap_labels(self.mask.data, self.config.labels, self.subject.mask)
+            if self.on_grid and self.config.labels.foreground_label is not None:
+                roles = [role for role in self.config.modalities if role in self.on_grid]
+                shown = [above_background(self.on_grid[role].data) for role in roles]
+                add_foreground(labels, brain(shown, self.path(roles[0])), self.config.labels)
+            return labels
         except DataFormatError as error:
             return error
-        first = self.on_grid.get(self.config.modalities[0])
-        if first is not None:
-            add_foreground(labels, first.data > first.data.min(), self.config.labels)
-        return labels
 
     @cached_property
     def prepared(self) -> Prepared | DataFormatError | None:

@@ -56,6 +56,9 @@ SOURCE_KINDS: dict[str, Kind] = {
     "missing-outer-label": Kind(
         "error", "add the head or brain to the mask (data.layout=brats_raw or data.labels.foreground_label does)"
     ),
+    "brain-unclear": Kind(
+        "error", "give images without skull in a wider field of view, or masks in which the brain has its label"
+    ),
     "raw-brats-coding": Kind("error", "pack the case folders with data.layout=brats_raw: 4 is enhancing tumour here"),
     "label-absent": Kind("note", "nothing, if the subject has none"),
     "label-never-found": Kind("warning", "check data.labels: the network cannot learn a label that no mask has"),
