@@ -3,6 +3,12 @@
 Every other exception is a bug of ours and keeps its traceback (exit code 1).
 """
 
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HpcDdpmError(Exception):
     """Base of all errors that the user can mend; the message says what was found, expected, and what to do."""
@@ -45,3 +51,24 @@ class TrainingError(HpcDdpmError):
     """Training diverged and cannot go on by itself."""
 
     is_on_all_ranks = True
+
+
+@contextmanager
+def refusing(subject: str) -> Iterator[None]:
+    """Let no fault in the work on one subject end the work on all: whatever it is, this subject is refused for it.
+
+    Raises:
+        DataFormatError: names the subject, and for a bug of ours also the line of code.
+    """
+    try:
+        yield
+    except HpcDdpmError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split())[:200]
+        raise DataFormatError(
+            f"subject {subject}: {type(error).__name__}: {reason} (in {last.name}, line {last.lineno}); "
+            "leave it out with --skip-bad, and report this",
+            "cannot-pack",
+        ) from error

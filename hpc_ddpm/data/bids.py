@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_ddpm.data.nifti import is_nifti, stem
+from hpc_ddpm.data.formats import is_volume_name, stem
 
 MASK = "mask"
 SUFFIXES = {"t1": "t1w", "t1ce": "t1w", "t2": "t2w"}
@@ -70,7 +70,7 @@ def read_bids(source: Path, modalities: tuple[str, ...]) -> Iterator[tuple[str, 
 
 def parse_name(path: Path) -> Name | None:
     """The parts of the name, if it is a BIDS name of a NIfTI file."""
-    if not is_nifti(path) or not path.name.startswith("sub-"):
+    if not is_volume_name(path) or not path.name.startswith("sub-"):
         return None
     *parts, suffix = stem(path).split("_")
     pairs = [part.partition("-") for part in parts]

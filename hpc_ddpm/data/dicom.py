@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_ddpm.data.header_text import identifying_tags
 from hpc_ddpm.errors import ConfigError, DataFormatError
 
 Floats = NDArray[np.float64]
@@ -44,6 +45,8 @@ class Slice:
     is_scaled: bool
     is_placed: bool
     """Whether orientation and spacing are its own; else the reader made them up."""
+    texts: tuple[str, ...] = ()
+    """Names of tags that may identify a person."""
 
     @property
     def height(self) -> float:
@@ -165,6 +168,7 @@ def _read_slice(reader: Any, path: Path) -> Slice:
         np.array(reader.GetSpacing()[:2]),
         (slope, intercept) != (1.0, 0.0),
         reader.GetSize()[2] > 1 or all(tags.get(key, "").strip("\0 ") for key in PLACE_TAGS),  # of frames: one each
+        identifying_tags(tags),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.bids import MASK, is_bids, read_bids
 from hpc_ddpm.data.covariates import read_covariates
-from hpc_ddpm.data.nifti import is_volume, stem
+from hpc_ddpm.data.formats import is_volume, stem
 from hpc_ddpm.data.table import TABLE_SUFFIXES, read_table, table_modalities
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import is_file_name, reading_from
@@ -241,7 +241,7 @@ def _read_rows(source: Path, modalities: tuple[str, ...]) -> _Files:
         if row.split:
             files.splits[row.subject] = row.split
         for role, path in row.files.items():
-            if path.exists():
+            if _is_there(path):
                 files.add(row.subject, role, path)
             else:
                 files.leave_out(path, f"{row.place}: no such file", "missing-file")
@@ -316,6 +316,13 @@ def _fault(subject: str, path: Path) -> str:
     if not is_file_name(subject):
         return f"the subject would be called {subject!r}; rename it: neither empty, nor hidden, nor with slashes"
     return ""
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name of more than 255 bytes
+        return False
 
 
 def _printable(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""NIfTI to and from arrays (.mgz, .mgh, DICOM too): the only user of nibabel, the only place where axes are swapped.
+"""Volumes to and from arrays, whatever their format; the only place where axes are swapped.
 
 On disk X Y Z [C]; in memory [C] D H W with D, H, W = Z, Y, X. Affines are 4x4, X, Y, Z voxels to mm (RAS+).
 """
@@ -6,30 +6,27 @@ On disk X Y Z [C]; in memory [C] D H W with D, H, W = Z, Y, X. Affines are 4x4, 
 from __future__ import annotations
 
 import gzip
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import DTypeLike, NDArray
 
-from hpc_ddpm.data.dicom import is_series, read_series, read_slices, series_files
-from hpc_ddpm.errors import ConfigError, DataFormatError
+from hpc_ddpm.data.dicom import read_series, read_slices
+from hpc_ddpm.data.formats import EXPECTED, NIBABEL, SUFFIXES, Header, inner_file
+from hpc_ddpm.data.nibabel_reader import open_header, read_array, read_facts
+from hpc_ddpm.errors import ConfigError, DataFormatError, HpcDdpmError
 from hpc_ddpm.files import atomic_path
-
-SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".NII.GZ", ".NII", ".MGZ", ".MGH")
-_UNREADABLE = (
-    *(ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error),
-    *(MemoryError, OverflowError),  # a header that promises too much
-)
 
 Affine = NDArray[np.float64]
 Shape3 = tuple[int, int, int]
+SIDES_MM = (1e-4, 1e6)
+"""Voxel sides that a header may give."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,39 +42,6 @@ class Volume:
     file_affine: Affine
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says besides its voxels."""
-
-    shape: tuple[int, ...]
-    """As stored, X Y Z first."""
-    is_scaled: bool
-    """Whether its numbers are to be multiplied by a slope or added to."""
-    has_affine: bool
-    """Whether it says where its voxels lie; else its orientation is a guess."""
-
-
-def is_nifti(path: Path) -> bool:
-    """Whether the name ends in .nii, .nii.gz, .mgz or .mgh, in lower or upper case."""
-    return path.name.endswith(SUFFIXES)
-
-
-def is_volume(path: Path) -> bool:
-    """Whether `read_nifti` takes it: by its name, or as a folder of DICOM files."""
-    return is_nifti(path) or is_series(path)
-
-
-def volume_files(path: Path) -> list[Path]:
-    """The files that a volume consists of."""
-    return series_files(path) if path.is_dir() else [path]
-
-
-def stem(path: Path) -> str:
-    """The name without its NIfTI suffix."""
-    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), "")
-    return path.name[: len(path.name) - len(suffix)]
-
-
 def read_nifti(
     path: str | Path,
     orientation: str = "native",
@@ -88,7 +52,7 @@ def read_nifti(
     """Read a volume with its scale factors applied and its axes brought to `orientation`.
 
     Args:
-        path: a .nii, .nii.gz, .mgz or .mgh file, or a folder with one DICOM series.
+        path: a file, see `formats.SUFFIXES`, or a folder with one DICOM series.
         orientation: axis codes such as RAS or LPS, or `native`.
         dtype: of the result; None keeps the file's own (float64 where the file has scale factors).
         channels: accept 4-D files, as (C, D, H, W); else a 4-D file must hold a single volume.
@@ -99,6 +63,8 @@ def read_nifti(
     """
     path = Path(path)
     data, affine = _load(path, dtype)
+    while data.ndim > 4 and data.shape[-1] == 1:
+        data = data[..., 0]
     if data.ndim == 4 and data.shape[3] == 1 and not channels:
         data = data[..., 0]
     if data.ndim != 3 and not (channels and data.ndim == 4):
@@ -119,18 +85,18 @@ def read_header(path: str | Path) -> Header:
         DataFormatError: missing or damaged; names the file.
     """
     path = Path(path)
-    if path.is_dir():
-        slices = read_slices(path)
+    with _reading(path):
+        place = inner_file(path)
+        if not place.is_dir():
+            return read_facts(_named(place))
+        slices = read_slices(place)
         columns, rows, frames = slices[0].shape
         return Header(
             (columns, rows, frames * len(slices)),
             any(one.is_scaled for one in slices),
             all(one.is_placed for one in slices),
+            tuple(dict.fromkeys(name for one in slices for name in one.texts)),
         )
-    image = _open(path)
-    slope, offset = getattr(image.dataobj, "slope", 1.0), getattr(image.dataobj, "inter", 0.0)
-    codes = [int(image.header.get(name, 1)) for name in ("sform_code", "qform_code")]
-    return Header(tuple(image.shape), (float(slope), float(offset)) != (1.0, 0.0), any(codes))
 
 
 def axis_codes(affine: Affine) -> str:
@@ -188,6 +154,8 @@ def write_nifti(
 ) -> None:
     """Write (D, H, W) as .nii or .nii.gz, atomically; sform and qform set, mm; equal input gives equal bytes.
 
+    The header holds geometry, type and scale, and nothing else: no text of any source gets there.
+
     Args:
         path: ends in .nii or .nii.gz.
         volume: (D, H, W); cast to `dtype`.
@@ -195,7 +163,7 @@ def write_nifti(
         dtype: on disk; None is uint8 for uint8 and bool, float32 for floats, else the array's own.
         compression_level: 0..9, of gzip.
         scale: (slope, offset) that readers apply to integers; None is none.
-        like: NIfTI file whose header's codes and texts are taken over.
+        like: file whose kind of space (sform and qform code) is named; nothing else of its header is taken over.
         scratch: as in `atomic_path`.
 
     Raises:
@@ -208,7 +176,7 @@ def write_nifti(
         raise DataFormatError(f"{path}: shape {volume.shape} found, (D, H, W) expected; write one file per channel")
     image = nib.Nifti1Image(volume.T.astype(_disk_dtype(volume, dtype), copy=False), affine)
     image.header.set_xyzt_units("mm")
-    sform, qform = _take_over(image, like) if like is not None else ("scanner", "scanner")
+    sform, qform = _codes(like) if like is not None else (1, 1)
     image.set_sform(affine, code=sform)
     image.set_qform(affine, code=qform)
     if scale is not None:
@@ -221,14 +189,10 @@ def write_nifti(
             image.to_stream(packed)
 
 
-def _take_over(image: nib.Nifti1Image, like: Path) -> tuple[int, int]:
-    """Give `image` the texts of a NIfTI file; returns the codes of its sform and qform, one of them at least set."""
-    header = _open(like).header
-    if not isinstance(header, nib.Nifti1Header):
-        return 1, 1
-    for name in ("descrip", "aux_file", "intent_name"):
-        image.header[name] = header[name]
-    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+def _codes(like: Path) -> tuple[int, int]:
+    """What kind of space the sform and the qform of a NIfTI file lead to; one of them at least is set."""
+    header = open_header(inner_file(like)) if like.is_file() and like.name.lower().endswith(NIBABEL) else {}
+    sform, qform = (int(header.get(name, 0)) for name in ("sform_code", "qform_code"))
     return (sform, qform) if sform or qform else (1, 1)
 
 
@@ -242,47 +206,60 @@ def _disk_dtype(volume: NDArray[Any], dtype: DTypeLike | None) -> np.dtype[Any]:
 
 def _load(path: Path, dtype: DTypeLike | None) -> tuple[NDArray[Any], Affine]:
     """The array in the order of the file, and its affine."""
-    if path.is_dir():
-        series, placed = read_series(path)
-        return series.astype(dtype or series.dtype, copy=False), placed
-    image = _open(path)
-    try:
-        if path.name.lower().endswith((".gz", ".mgz")):  # at once: a lazy reader never gets to the checksum
-            image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
-        data = np.asanyarray(image.dataobj)
-    except _UNREADABLE as error:
-        raise _damaged(path, error) from None
-    if data.dtype.kind not in "biuf":
-        raise DataFormatError(
-            f"{path}: voxels of type {data.dtype} found, numbers expected; convert the file", "unreadable"
-        )
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise DataFormatError(f"{path}: its affine is singular {affine[:3].tolist()}; repair the header", "bad-affine")
-    return data.astype(dtype, copy=False) if dtype is not None else data, affine
+    with _reading(path):
+        place = inner_file(path)
+        data, affine = read_series(place) if place.is_dir() else read_array(_named(place))
+        if data.dtype.kind not in "biuf":
+            raise DataFormatError(
+                f"{path}: voxels of type {data.dtype} found, numbers expected; convert the file", "unreadable"
+            )
+        if not data.size:
+            raise DataFormatError(
+                f"{path}: shape {data.shape} found, which holds no voxel; copy it again", "unreadable"
+            )
+        _check_affine(path, affine)
+        return data.astype(dtype, copy=False) if dtype is not None else data, affine
 
 
-def _open(path: Path) -> Any:
-    """Nibabel's image, its voxels not read."""
+def _named(path: Path) -> Path:
+    """A file that is there, and has the name of a volume."""
     if not path.is_file():
         raise DataFormatError(f"{path}: no such file; check the path", "missing-file")
-    if not is_nifti(path):
-        raise DataFormatError(
-            f"{path}: not a NIfTI name; expected one ending in .nii, .nii.gz, .mgz or .mgh", "unreadable"
-        )
+    if not path.name.lower().endswith(SUFFIXES):
+        raise DataFormatError(f"{path}: not a NIfTI name; expected one ending in {EXPECTED}", "unreadable")
+    return path
+
+
+def _check_affine(path: Path, affine: Affine) -> None:
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    low, high = SIDES_MM
+    is_sound = np.isfinite(affine).all() and low <= sides.min() and sides.max() <= high
+    if not is_sound or abs(np.linalg.det(affine[:3, :3] / sides)) < 1e-6:
+        raise DataFormatError(f"{path}: its affine is singular {affine[:3].tolist()}; repair the header", "bad-affine")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder meets in a damaged file into one line.
+
+    Raises:
+        DataFormatError: names the file.
+    """
     try:
-        if path.name.lower().endswith(".mgh"):  # nibabel would leave it open
-            return nib.MGHImage.from_bytes(path.read_bytes())
-        return nib.load(path)
-    except _UNREADABLE as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> DataFormatError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    is_short = isinstance(error, EOFError) or reason.startswith("Expected ")  # as nibabel says it
-    kind = "truncated" if is_short else "unreadable"
-    return DataFormatError(f"{path}: damaged or not a NIfTI file ({reason}); copy it again", kind)
+        with np.errstate(all="ignore"):
+            yield
+    except HpcDdpmError:
+        raise
+    except Exception as error:  # decoders raise what they like
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, OSError) and error.errno:
+            found, advice = f"cannot be read ({error.strerror})", "mend its name, its permissions or its storage"
+        elif isinstance(error, MemoryError):
+            found, advice = f"memory is too small for it ({reason})", "use fewer --workers, or a larger node"
+        else:
+            found, advice = f"damaged or not a NIfTI file ({reason})", "copy it again"
+        kind = "truncated" if isinstance(error, EOFError) else "unreadable"
+        raise DataFormatError(f"{path}: {found}; {advice}", kind) from None
 
 
 def _transform(affine: Affine, orientation: str, path: Path | None = None) -> NDArray[Any]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from hpc_ddpm.config import READING_SETTINGS, DataConfig
 from hpc_ddpm.data.discover import Subject
-from hpc_ddpm.data.nifti import volume_files
+from hpc_ddpm.data.formats import volume_files
 from hpc_ddpm.data.shards import (
     FORMAT,
     INDEX,
@@ -33,7 +33,6 @@ from hpc_ddpm.data.shards import (
     shard_name,
 )
 from hpc_ddpm.errors import DataFormatError
-from hpc_ddpm.files import reading_from
 
 MAX_NAMED = 5
 ELSEWHERE = "pack into another --out, or replace it with --overwrite"
@@ -96,16 +95,11 @@ def digest_of(parts: Sequence[str]) -> str:
 
 
 def build_rows(config: DataConfig, subjects: Sequence[Subject]) -> list[Row]:
-    """A row for every subject, in the same order; looks at each file's size and time.
-
-    Raises:
-        DataFormatError: a file that the system does not let be looked at.
-    """
+    """A row for every subject, in the same order; looks at each file's size and time."""
     settings, rows = config_digest(config), []
     for subject in subjects:
         volumes = (subject.mask, *subject.images.values())
-        with reading_from(subject.mask):
-            facts = [_size_and_time(file) for volume in volumes for file in volume_files(volume)]
+        facts = [fact for volume in volumes for fact in _sizes_and_times(volume)]
         about = repr(facts) + (repr(subject.covariates) if subject.covariates else "")
         source = sha256(about.encode()).hexdigest()[:16]
         key = digest_of([settings, subject.id, source])
@@ -113,13 +107,13 @@ def build_rows(config: DataConfig, subjects: Sequence[Subject]) -> list[Row]:
     return rows
 
 
-def _size_and_time(file: Path) -> tuple[int, int]:
-    """Bytes and nanoseconds; 0 for a link that leads nowhere, which reading it will say."""
+def _sizes_and_times(volume: Path) -> list[tuple[int, int]]:
+    """Bytes and nanoseconds of each of its files; 0 for what cannot be looked at, as reading it will say."""
     try:
-        stat = file.stat()
-    except FileNotFoundError:
-        return 0, 0
-    return stat.st_size, stat.st_mtime_ns
+        stats = [file.stat() for file in volume_files(volume)]
+    except (OSError, DataFormatError):
+        return [(0, 0)]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def build_plan(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: bool) -> Plan:

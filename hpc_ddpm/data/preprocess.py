@@ -5,6 +5,7 @@ C D H W with D, H, W = Z, Y, X. Shapes and sizes in configuration and metadata a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,16 @@ from hpc_ddpm.data.geometry import Geometry, fit, resample
 from hpc_ddpm.data.hooks import hooked
 from hpc_ddpm.data.intensity import background, normalize
 from hpc_ddpm.data.labels import add_foreground, brats_raw_labels, check_present, remap_labels
-from hpc_ddpm.data.nifti import Affine, Volume, read_nifti
+from hpc_ddpm.data.nifti import Affine, Volume, read_nifti, voxel_size_mm
 from hpc_ddpm.errors import DataFormatError
 
 Array = NDArray[Any]
 Image = NDArray[np.float32]
 Mask = NDArray[np.uint8]
+MAX_INTENSITY = 1e30
+"""Beyond it, single precision has no room to compare voxels."""
+MAX_RESAMPLED = 2**30
+"""Voxels to which data.voxel_size_mm may bring a volume that has fewer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +125,12 @@ def _read_mask(path: Path, config: DataConfig) -> tuple[Volume, Mask, Geometry]:
     rows = tuple(tuple(float(value) for value in row) for row in file.file_affine)
     geometry = Geometry(file.file_shape, rows, config.orientation, config.fit, config.size, config.voxel_size_mm)
     found = geometry.resampled[0]
+    if math.prod(found) > max(MAX_RESAMPLED, math.prod(file.file_shape)):
+        raise DataFormatError(
+            f"{path}: {_by(file.file_shape)} voxels of {_by(voxel_size_mm(file.file_affine))} mm found, which "
+            f"data.voxel_size_mm would make {_by(found)}; correct the units or the affine in its header",
+            "bad-affine",
+        )
     if config.fit == "exact" and found != config.size:
         raise DataFormatError(
             f"{path}: {found} voxels found, data.size={list(config.size)} expected by data.fit=exact; "
@@ -139,10 +150,12 @@ def _read_image(file: Path, path: Path, mask: Volume, mask_path: Path, config: D
             "resample one onto the other (mask: nearest neighbour)",
             kind,
         )
-    if not np.isfinite(image.data).all():
-        bad = int(image.data.size - np.isfinite(image.data).sum())
+    if not -MAX_INTENSITY < float(image.data.min()) <= float(image.data.max()) < MAX_INTENSITY:
+        bad = int(image.data.size - (np.abs(image.data) < MAX_INTENSITY).sum())
         raise DataFormatError(
-            f"{shown}: {bad} voxels are NaN or infinite, numbers expected; repair the image", "not-finite"
+            f"{shown}: {bad} voxels are NaN or infinite, or beyond {MAX_INTENSITY:g}, numbers expected; "
+            "repair the image",
+            "not-finite",
         )
     return image.data
 
@@ -163,6 +176,10 @@ def _normalize_and_fit(
     inside = head(labels, raw, config.labels) if config.normalization == "zscore" else None
     volume, intensity = normalize(raw, config, path, inside)
     return fit(volume, geometry, background(volume, config)), intensity
+
+
+def _by(sides: Sequence[float]) -> str:
+    return "x".join(f"{side:g}" for side in sides)
 
 
 def _grid(file: Volume) -> str:

@@ -23,7 +23,7 @@ from hpc_ddpm.data.plan import Plan, Row, Shard, digest_at
 from hpc_ddpm.data.preprocess import prepare
 from hpc_ddpm.data.shard_writer import describe_shard, is_row_written, is_shard_written, write_row, write_shard
 from hpc_ddpm.data.shards import ShardEntry
-from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.errors import DataFormatError, refusing
 from hpc_ddpm.files import write_json
 from hpc_ddpm.workers.claims import Writer
 
@@ -201,7 +201,8 @@ class Share:
     def _write_row(self, row: Row) -> None:
         config, scratch = self.job.plan.config, self.writer.scratch
         try:
-            prepared = prepare(row.subject, config)
+            with refusing(row.subject.id):
+                prepared = prepare(row.subject, config)
         except DataFormatError as error:
             write_json(self.job.error_path(row), str(error), durable=False, scratch=scratch)
         else:

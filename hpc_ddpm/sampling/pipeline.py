@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hpc_ddpm.config import Config
-from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.errors import DataFormatError, refusing
 from hpc_ddpm.sampling.finish import Finisher, Job
 from hpc_ddpm.sampling.generate import generate
 from hpc_ddpm.sampling.masks import load_mask
@@ -67,7 +67,8 @@ class Pipeline:
                 lease.close()
                 continue
             try:
-                return Job(item, load_mask(item.source, self.finisher.config), lease)
+                with refusing(item.mask_id):
+                    return Job(item, load_mask(item.source, self.finisher.config), lease)
             except DataFormatError as error:
                 self.finisher.fail(item, "mask", str(error))
                 self._settled += 1

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hpc_ddpm.data.check.findings import KINDS
-from hpc_ddpm.data.nifti import axis_codes, oriented_grid, read_header, read_nifti, stem, to_file_order, write_nifti
+from hpc_ddpm.data.formats import stem
+from hpc_ddpm.data.nifti import axis_codes, oriented_grid, read_header, read_nifti, to_file_order, write_nifti
 from hpc_ddpm.errors import ConfigError, DataFormatError
 
 SHEARED = np.array([[0, -1.5, 0.1, 10], [0.2, 0, 2.0, -20], [-1.0, 0.1, 0, 30], [0, 0, 0, 1.0]])

@@ -14,8 +14,9 @@ from hpc_ddpm.data.check.findings import Finding
 from hpc_ddpm.data.check.similarity import shrink, subsample
 from hpc_ddpm.data.discover import MASK, Subject
 from hpc_ddpm.data.foreground import above_background, brain, foreground
+from hpc_ddpm.data.formats import Header
 from hpc_ddpm.data.labels import add_foreground, brats_raw_labels, remap_labels
-from hpc_ddpm.data.nifti import Header, Volume, read_header, read_nifti, turn_to_ras
+from hpc_ddpm.data.nifti import Volume, read_header, read_nifti, turn_to_ras
 from hpc_ddpm.data.preprocess import Prepared, grid_distance, prepare
 from hpc_ddpm.errors import DataFormatError
 

@@ -22,6 +22,7 @@ from hpc_ddpm.data.hooks import check_hooks
 from hpc_ddpm.data.labels import count_labels
 from hpc_ddpm.data.nifti import axis_codes, ras_voxel_size_mm, turn_to_ras, voxel_size_mm
 from hpc_ddpm.data.parallel import ordered_map
+from hpc_ddpm.errors import DataFormatError, refusing
 
 SIGNATURE_SIDE = 16
 THUMBNAIL_HEIGHT = 96
@@ -91,6 +92,14 @@ def check(
 
 def judge_subject(subject: Subject, config: DataConfig, pictures: bool) -> Facts:
     """Findings and facts of one subject; a function of its files."""
+    try:
+        with refusing(subject.id):
+            return _judge(subject, config, pictures)
+    except DataFormatError as error:
+        return Facts(subject.id, (Finding(error.kind, str(error), (subject.id,)),))
+
+
+def _judge(subject: Subject, config: DataConfig, pictures: bool) -> Facts:
     case = open_case(subject, config)
     findings = tuple(check_case(case))
     drawn = _draw(case) if pictures else None
