@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,10 +103,10 @@ class RunLog:
             self._show(args)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the numbers of one step."""
+        """Record the numbers of one step, and the time in seconds since the epoch."""
         if self._file is None or self._writer is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
 

@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch.ledger import time_ledger
+from launch.progress import format_duration
 from launch.records import GPU_STAGES, read_submissions
-from launch.watch import JobState, format_duration, progress
+from launch.watch import JobState, progress
 
 PIPE_WIDTH = 200
 
@@ -29,7 +30,7 @@ def describe(job: JobState, *, in_full: bool = False) -> dict[str, Any]:
         "state": job.in_words,
         "nodes": ",".join(sorted({state.nodes for state in job.tasks.values() if state.nodes})),
         "elapsed": max((state.elapsed for state in job.tasks.values()), key=lambda text: (len(text), text)),
-        "progress": progress(submission),
+        "progress": progress(job),
         "restarts": job.restarts,
         "reason": ", ".join(sorted({state.reason for state in job.tasks.values() if state.reason})),
     }
@@ -60,13 +61,21 @@ def print_jobs(rows: Iterable[Mapping[str, Any]]) -> None:
         rate, left = done.get("volumes_per_s"), done.get("eta_s")
         table.add_row(
             *(escape(row[key]) for key in ("run", "kind", "job_id", "state", "nodes", "elapsed")),
-            f"{done['done']}/{done['total']} {done['unit']}" if done else "",
+            _in_words(done),
             f"{rate:.2f}" if rate else "",
             f"{left / 3600:.1f} h" if left and row["state"] != "COMPLETED" else "",
             str(row["restarts"]),
             escape(row["reason"]),
         )
     _console().print(table)
+
+
+def _in_words(done: Mapping[str, Any]) -> str:
+    """`40/1000 steps`, or while it loads `starting`, `starting at 40/1000 steps`."""
+    counted = f"{done['done']}/{done['total']} {done['unit']}" if "total" in done else ""
+    if done.get("is_starting"):
+        return f"starting at {counted}" if done.get("done") else "starting"
+    return counted
 
 
 def print_job(facts: Mapping[str, Any]) -> None:

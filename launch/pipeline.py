@@ -86,17 +86,17 @@ def _take_back(submission: Submission) -> None:
 def _requests(given: dict[str, Any], profile: Profile, sampling: tuple[int, int, int]) -> list[Request]:
     out: Path = given["out"]
     packed, run, synthetic = (str(out / name) for name in STAGES)
-    settings = [*(["--config", given["config"]] if given["config"] else []), *(given["overrides"] or []), "--quiet"]
+    settings = [*(["--config", given["config"]] if given["config"] else []), *(given["overrides"] or [])]
     options = [*(["--workers", str(given["workers"])] if given["workers"] else [])]
     options += [f"--{name.replace('_', '-')}" for name in ("skip_bad", "overwrite") if given[name]]
     pack = ("pack", str(given["source"]), "--out", packed, *options, *settings)
     train = ("train", "--out", run, "--data", packed, *settings)
-    sample = ("sample", "run", run, "--out", synthetic, "--quiet")
+    sample = ("sample", "run", run, "--out", synthetic)
     return [
         Request("pack", pack, out / "packed", profile, 0, profile.nodes, 1),
         Request("train", train, out / "run", profile, 0, profile.nodes, profile.gpus_per_node),
         Request("sample", sample, out / "synthetic", profile, *sampling),
-        Request("report", ("report", str(out), "--quiet"), out, profile),
+        Request("report", ("report", str(out)), out, profile),
     ]
 
 

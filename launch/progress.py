@@ -1,20 +1,39 @@
-"""Progress bars for long phases: rank 0 draws, the others are silent."""
+"""Progress of long phases, told by rank 0 alone: a bar in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 Update = Callable[[int, int, str], None]
 """(done, total, note)"""
+LINE_EVERY_S = 30.0
+"""In a log, which grows with every line."""
 
 
 @contextmanager
-def progress_bar(title: str, *, show: bool) -> Iterator[Update]:
-    """A bar on standard error, with rate and time left; a no-op where `show` is False."""
+def progress_bar(title: str, *, show: bool, unit: str = "") -> Iterator[Update]:
+    """A bar on standard error, or lines where that is no terminal, with time left; nothing where `show` is False.
+
+    Args:
+        title: of the phase, for example training.
+        show: whether this process is the one that tells.
+        unit: of what is counted, in the lines.
+    """
     if not show:
         yield lambda done, total, note: None
-        return
+    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        with _bar(title) as update:
+            yield update
+    else:
+        yield _Lines(title, unit).update
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Update]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -38,6 +57,8 @@ def progress_bar(title: str, *, show: bool) -> Iterator[Update]:
     task = progress.add_task(title, total=None, note="")
 
     def update(done: int, total: int, note: str) -> None:
+        if progress.finished and done >= total:
+            return  # or the whole bar would be drawn once more
         progress.start()  # at the first news, so that an early error stands alone; later calls do nothing
         if note:
             progress.update(task, note=note)
@@ -52,8 +73,52 @@ def progress_bar(title: str, *, show: bool) -> Iterator[Update]:
             progress.stop()
 
 
-def training_note(values: Mapping[str, float]) -> str:
-    """Loss and speed for the end of the bar; empty between two logs."""
-    if "volumes_per_s" not in values:
-        return ""
-    return f"loss {values['loss']:.4f}  {values['volumes_per_s']:.2f} volumes/s"
+class _Lines:
+    """One at the first news, one about every LINE_EVERY_S while there is news, one at the end."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        self.title, self.unit, self.note = title, unit, ""
+        self._began: tuple[float, int] | None = None
+        self._last_s = 0.0
+        self._is_over = False
+
+    def update(self, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        is_first, self.note = self._began is None, note or self.note
+        if self._began is None:
+            self._began = (now, done)
+        is_end = done >= total and not self._is_over
+        self._is_over = done >= total
+        is_due = not self._is_over and (is_first or now - self._last_s >= LINE_EVERY_S)
+        if is_due or (is_end and not is_first):  # nothing is said where all was done before
+            self._last_s = now
+            print(self._line(done, total, now), file=sys.stderr, flush=True)
+
+    def _line(self, done: int, total: int, now: float) -> str:
+        assert self._began is not None
+        seconds, steps = now - self._began[0], done - self._began[1]
+        unit = f" {self.unit}".rstrip()
+        rate = f"{steps / seconds:.3g}{unit}/s" if steps > 0 and seconds > 0 else ""
+        parts = [f"{self.title}: {done}/{total}{unit}", self.note or rate]
+        if steps > 0 and done < total:
+            parts.append(f"{format_duration((total - done) * seconds / steps)} left")
+        elif done >= total:
+            parts.append(f"took {format_duration(seconds)}")
+        return ", ".join(filter(None, parts))
+
+
+def format_duration(seconds: float) -> str:
+    """As SLURM does: hours:minutes:seconds."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def tell_steps(update: Update, total: int) -> Callable[[int, Mapping[str, float]], None]:
+    """Of a training that calls it with every step: steps so far, and loss and speed where these were measured."""
+
+    def tell(step: int, values: Mapping[str, float]) -> None:
+        if "volumes_per_s" in values:
+            update(step, total, f"loss {values['loss']:.4f}, {values['volumes_per_s']:.2f} volumes/s")
+        elif not values:  # other rows tell of steps that were counted already
+            update(step, total, "")
+
+    return tell

@@ -203,7 +203,7 @@ def _generate(
     from hpc_ddpm.sampling.run import run_sampling
 
     ranks = detect_ranks()
-    with progress_bar("sampling", show=show_progress and ranks.is_main) as update:
+    with progress_bar("sampling", show=show_progress and ranks.is_main, unit="volumes") as update:
         report = run_sampling(
             model,
             out,

@@ -214,7 +214,7 @@ def submit_scaling(config: Config, words: list[str], out: Path, cluster: str, po
     per_node = min(most, profile.gpus_per_node)
     if most % per_node:
         raise ConfigError(f"--gpus {most}: not a multiple of the {per_node} GPUs of a node; choose whole nodes")
-    command = ("bench", "scaling", "--out", str(out), *words, "--quiet")
+    command = ("bench", "scaling", "--out", str(out), *words)
     if profile.executor == "debug":
         sys.exit(run_command(command))
     submission = submit(Request("bench", command, out, profile, 0, most // per_node, per_node))

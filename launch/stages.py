@@ -14,7 +14,7 @@ from hpc_ddpm.distributed import TIMEOUT_S, Ranks, StopFlag, detect_ranks, proce
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import writing_to
 from hpc_ddpm.training.resume import CONFIG_FILE, check_resume, stored_config
-from launch.progress import progress_bar, training_note
+from launch.progress import progress_bar, tell_steps
 
 if TYPE_CHECKING:
     from hpc_ddpm.data.pack import PackReport
@@ -38,7 +38,7 @@ def pack_stage(
 
     ranks = detect_ranks()
     try:
-        with progress_bar("packing", show=show_progress and ranks.is_main) as update:
+        with progress_bar("packing", show=show_progress and ranks.is_main, unit="subjects") as update:
             report = pack(
                 source,
                 out,
@@ -92,13 +92,13 @@ def _train(run_dir: Path, source: str | None, overrides: Sequence[str], show_pro
     with writing_to(run_dir), process_group(ranks, timeout_s) as device:
         total = config.training.num_steps
         show = show_progress and ranks.is_main
-        with progress_bar("staging", show=show) as staged, progress_bar("training", show=show) as update:
+        with progress_bar("staging", show=show) as staged, progress_bar("training", show=show, unit="steps") as update:
             result = train(
                 config,
                 run_dir,
                 ranks,
                 device,
-                on_log=lambda step, values: update(step, total, training_note(values)),
+                on_log=tell_steps(update, total),
                 on_stage=lambda done, shards: staged(done, shards, ""),
                 on_choice=_tell_choice,
                 stop=stop,

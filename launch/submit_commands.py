@@ -78,7 +78,7 @@ def submit_stage(stage: str, words: list[str], profile: Profile, tasks: int | No
     from launch.executor import Request
 
     given = _parse(stage, words)
-    command = (*(("sample", "run") if stage == "sample" else (stage,)), *words, "--quiet")
+    command = (*(("sample", "run") if stage == "sample" else (stage,)), *words)
     request = Request(stage, command, given["out"], profile, *_shape(stage, profile, tasks))
     peak_gib = None
     if stage == "pack":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 
 from hpc_ddpm.errors import ClusterError
 from launch import slurm
+from launch.progress import format_duration
 from launch.records import Submission, read_submissions
 from launch.slurm import ELSEWHERE, TaskState
 
@@ -136,34 +138,39 @@ def _is_controller_alive(submission: Submission) -> bool:
     return "submitit.local._local" in words and any(Path(word) == submission.folder for word in words)
 
 
-def format_duration(seconds: float) -> str:
-    """As SLURM does: hours:minutes:seconds."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
-
 # ------------------------------------------------------------------------------------------------------ progress
 
 
-def progress(submission: Submission) -> dict[str, Any]:
-    """`done`, `total`, `unit`, `volumes_per_s` and `eta_s` of a run, as far as its directory tells."""
-    run = Path(submission.run_dir)
-    if submission.stage == "train":
-        return _training_progress(run)
-    if submission.stage == "sample":
-        return _sampling_progress(run)
+def progress(job: JobState) -> dict[str, Any]:
+    """What the run directory tells of a training or a generated set.
+
+    Returns:
+        `done`, `total`, `unit`, `volumes_per_s` and `eta_s`, where they are known; and whether what runs still loads,
+        `is_starting`: it has taken no step, or has no worker, since it started.
+    """
+    run = Path(job.submission.run_dir)
+    running = [task for task, state in job.tasks.items() if state.state == "RUNNING"]
+    if job.submission.stage == "train":
+        events = [event for task in running for event in job.submission.events(task)]
+        is_loaded = bool(events) and events[-1]["event"] == "start"
+        return _training_progress(run, bool(running), events[-1]["time"] if is_loaded else math.inf)
+    if job.submission.stage == "sample":
+        return _sampling_progress(run, bool(running))
     return {}
 
 
-def _training_progress(run: Path) -> dict[str, Any]:
+def _training_progress(run: Path, is_running: bool, started: float) -> dict[str, Any]:
+    """`started` and the rows' times are by the clock of rank 0; older rows have none, and nothing is said of those."""
     from hpc_ddpm.runlog import read_metrics
 
     path = run / "config.json"
+    rows = list(read_metrics(run))
+    is_starting = is_running and (not rows or rows[-1].get("time", math.inf) < started)
     if not path.is_file():
-        return {}
+        return {"is_starting": True} if is_starting else {}
     training = json.loads(path.read_text(encoding="utf-8"))["training"]
-    step, rate = 0, None
-    for row in read_metrics(run):
-        step, rate = row["step"], row.get("volumes_per_s", rate)
+    step = rows[-1]["step"] if rows else 0
+    rate = next((row["volumes_per_s"] for row in reversed(rows) if "volumes_per_s" in row), None)
     left = (training["num_steps"] - step) * training["global_batch"]
     return {
         "done": step,
@@ -171,17 +178,18 @@ def _training_progress(run: Path) -> dict[str, Any]:
         "unit": "steps",
         "volumes_per_s": rate,
         "eta_s": round(left / rate) if rate else None,
+        "is_starting": is_starting,
     }
 
 
-def _sampling_progress(run: Path) -> dict[str, Any]:
+def _sampling_progress(run: Path, is_running: bool) -> dict[str, Any]:
     from hpc_ddpm.errors import DataFormatError
     from hpc_ddpm.sampling.status import read_status
 
     try:
         status = read_status(run)
     except DataFormatError:
-        return {}
+        return {"is_starting": True} if is_running else {}
     rate = status["volumes_per_hour"]
     return {
         "done": status["done"],
@@ -189,6 +197,7 @@ def _sampling_progress(run: Path) -> dict[str, Any]:
         "unit": "volumes",
         "volumes_per_s": rate / 3600 if rate else None,
         "eta_s": status["eta_s"],
+        "is_starting": is_running and bool(status["left"]) and not status["workers"],
     }
 
 

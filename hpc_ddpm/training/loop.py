@@ -73,7 +73,7 @@ def train(
             `start.json`, the choice of `activation_checkpointing=auto` and checkpoints.
         ranks: as detected.
         device: of this rank.
-        on_log: called on rank 0 after every step, with the numbers of the step where they were logged.
+        on_log: called after every step, with no numbers; where steps are logged, with those of each since the last log.
         on_stage: called with (shards, all shards) while shards are copied to `config.data.stage_dir`.
         on_choice: called on rank 0 with what `activation_checkpointing=auto` stands for, before training takes memory.
         stop: one that has been listening already.
@@ -212,6 +212,8 @@ def _train_from(folder: Path | None, config: Config, dataset: VolumeDataset, run
                     with stop.failing(), writing_to(run_dir):
                         log.scalars(logged_step, values)
                     run.on_log(logged_step, values)
+            else:
+                run.on_log(step, {})
             if is_save:
                 watchdog.beat(f"step {step}, before a checkpoint")
                 facts = {**digests, **engine.facts()}

@@ -176,6 +176,40 @@ def test_gpu_hours_count_the_gpus_of_each_job(tmp_path: Path, monkeypatch: pytes
     assert (spent["running"], spent["computing"], spent["starting"]) == (65, 33, 32)
 
 
+def test_a_job_that_loads_is_starting(tmp_path: Path, says: Callable[..., None]) -> None:
+    """Until the first step of this start is logged; what an earlier start did is not its progress."""
+
+    def listed() -> str:
+        return CliRunner().invoke(app, ["jobs", "ls", str(tmp_path)]).stdout
+
+    submission(tmp_path).write()
+    settings = {"training": {"num_steps": 100, "global_batch": 2}}
+    steps, config = tmp_path / "metrics.jsonl", tmp_path / "config.json"
+    says("echo '7|RUNNING|0:01|n1|n1'")
+    assert "starting" in listed()
+    config.write_text(json.dumps(settings))
+    add_event(tmp_path, "7", {"event": "start", "time": 110.0, "restarts": 0})
+    assert "starting " in listed() and "0/100" not in listed()
+    steps.write_text(json.dumps({"step": 40, "time": 120.0, "loss": 1.0}) + "\n")
+    assert "40/100 steps" in listed() and "starting" not in listed()
+    add_event(tmp_path, "7", {"event": "end", "time": 130.0, "code": 138, "requeued": True})
+    assert "starting at 40/100 steps" in listed()
+    add_event(tmp_path, "7", {"event": "start", "time": 150.0, "restarts": 1})
+    assert "starting at 40/100 steps" in listed()
+    steps.write_text(json.dumps({"step": 41, "time": 151.0, "loss": 1.0}) + "\n")
+    assert "41/100 steps" in listed() and "starting" not in listed()
+    says("echo '7|PENDING|0:00|(Priority)|'")
+    assert "starting" not in listed()
+
+
+def test_an_array_whose_workers_load_is_starting(tmp_path: Path, says: Callable[..., None]) -> None:
+    replace(submission(tmp_path, num_tasks=2), stage="sample").write()
+    says("printf '7_0|RUNNING|0:01|n1|n1\\n7_1|PENDING|0:00|(Priority)|\\n'")
+    assert " starting " in CliRunner().invoke(app, ["jobs", "ls", str(tmp_path)]).stdout
+    says("printf '7_0|PENDING|0:00|(Priority)|\\n7_1|PENDING|0:00|(Priority)|\\n'")
+    assert "starting" not in CliRunner().invoke(app, ["jobs", "ls", str(tmp_path)]).stdout
+
+
 def test_progress_is_seen(tmp_path: Path) -> None:
     assert progress_mark(tmp_path, "train") == "start"
     (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)

@@ -217,9 +217,9 @@ def test_a_pipeline_passes_on_the_options_of_packing(laptop: Cli, tmp_path: Path
     profile, shape = load_profile("devcluster"), (0, 1, 1)
     given = {"source": tmp_path, "out": tmp_path, "config": None, "overrides": None}
     request = _requests({**given, "workers": 3, "skip_bad": True, "overwrite": True}, profile, shape)[0]
-    assert request.arguments[-6:] == (f"{tmp_path}/packed", "--workers", "3", "--skip-bad", "--overwrite", "--quiet")
+    assert request.arguments[-5:] == (f"{tmp_path}/packed", "--workers", "3", "--skip-bad", "--overwrite")
     request = _requests({**given, "workers": None, "skip_bad": False, "overwrite": False}, profile, shape)[0]
-    assert request.arguments[-2:] == (f"{tmp_path}/packed", "--quiet")
+    assert request.arguments[-1] == f"{tmp_path}/packed"
 
 
 def test_what_slurm_refuses_is_one_line(laptop: Cli, tiny_packed: Path, tmp_path: Path) -> None:
