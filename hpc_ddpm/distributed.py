@@ -158,16 +158,15 @@ def _from_srun(env: Mapping[str, str]) -> Ranks:
 
 
 def first_host(nodelist: str) -> str:
-    """First host of a SLURM node list: `gpu[07-12,20],n1` -> `gpu07`.
+    """First host of a SLURM node list: `gpu[07-12,20],n1` -> `gpu07`, `rack[2-3]-node[01-04]` -> `rack2-node01`.
 
     Raises:
         ClusterError: an empty list.
     """
-    match = re.match(r"([^\[,]+)(?:\[([0-9]+)[^\]]*\]([^,\[]*))?", nodelist)
-    if not match:
+    first = re.match(r"(?:[^\[\],]|\[[^\]]*\])+", nodelist)
+    if not first:
         raise ClusterError("srun gave no node list (SLURM_STEP_NODELIST); set MASTER_ADDR to the first node's name")
-    prefix, number, suffix = match.groups()
-    return f"{prefix}{number or ''}{suffix or ''}"
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
 def _srun_port(env: Mapping[str, str]) -> int:

@@ -230,7 +230,8 @@ def _refusal(text: str, request: Request) -> str:
     wanted = _resources(request)
     facts = {name: wanted.get(name) for name in ("partition", "account", "qos", "constraint", "nodes")}
     facts |= {
-        "GPUs per node": wanted.get("gpus_per_node", "none"),
+        "GPUs per node": request.gpus_per_node if request.needs_gpus else "none",
+        "of type": request.needs_gpus and request.profile.gpu_type,
         "cores per node": wanted["ntasks_per_node"] * wanted["cpus_per_task"],
         "memory per node": wanted.get("mem"),
         "time": wanted["time"],
@@ -281,7 +282,7 @@ def _resources(request: Request) -> dict[str, Any]:
         "additional_parameters": {"requeue": True, "kill_on_invalid_dep": "yes", **profile.sbatch},
     }
     if gpus:
-        wanted["gpus_per_node"] = f"{profile.gpu_type}:{request.gpus_per_node}".lstrip(":")
+        wanted["additional_parameters"] |= profile.gpu_request(request.gpus_per_node)
     return wanted
 
 

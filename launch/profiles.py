@@ -14,6 +14,7 @@ from hpc_ddpm.config import Section, did_you_mean, presets_dir, read_yaml
 from hpc_ddpm.errors import ConfigError
 
 USER_FOLDER = Path("~/.config/hpc_ddpm/cluster")
+GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket")
 TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 
 
@@ -41,6 +42,8 @@ class Profile(Section):
     gpus_per_node: int = Field(default=1, ge=1)
     gpu_type: str = ""
     """As SLURM calls it, for example a100; any where empty."""
+    gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
+    """The option of `sbatch` that asks for them; some sites take --gres=gpu:a100:4 only."""
     cpus_per_gpu: int = Field(default=4, ge=1)
     memory_per_gpu: Annotated[str, Field(pattern=r"^([1-9]\d*[MGT])?$")] = ""
     """Of the node, for example 60G; the site's default where empty. Packing takes that of all the node's GPUs."""
@@ -67,7 +70,7 @@ class Profile(Section):
     environment: dict[str, str | int] = Field(default={})
     """Variables of the job, for example NCCL_SOCKET_IFNAME."""
     sbatch: dict[str, str | int | bool] = Field(default={})
-    """Any other `sbatch` option, without the dashes, for example {reservation: course}."""
+    """Any other `sbatch` option, without the dashes, for example {reservation: course}; none that asks for GPUs."""
 
     @model_validator(mode="after")
     def _check(self) -> Profile:
@@ -78,7 +81,22 @@ class Profile(Section):
                 f"time={self.time} is no longer than the warning before its end, signal_delay_s={self.signal_delay_s}: "
                 "every start would end at once; give more time, or a shorter signal_delay_s in the profile"
             )
+        for name, value in self.sbatch.items():
+            option = name.replace("_", "-")
+            if option in GPU_OPTIONS or (option == "gres" and re.search(r"\bgpu\b", str(value))):
+                raise ValueError(
+                    f"sbatch: {name}={value} asks for GPUs a second time, and SLURM then gives the smaller number "
+                    "without a word; set gpus_per_node and gpu_type instead, and gpu_option: gres where the site "
+                    "takes --gres only"
+                )
         return self
+
+    def gpu_request(self, count: int) -> dict[str, str]:
+        """The option of `sbatch` that asks for so many GPUs of a node; other generic resources are in the same list."""
+        wanted = f"{self.gpu_type}:{count}".lstrip(":")
+        if self.gpu_option == "gpus-per-node":
+            return {"gpus-per-node": wanted}
+        return {"gres": ",".join(filter(None, (f"gpu:{wanted}", str(self.sbatch.get("gres", "")))))}
 
     def memory(self, gpus: int) -> str:
         """What so many GPUs of a node come with, as `sbatch --mem` takes it."""

@@ -73,7 +73,15 @@ def test_mpirun_wins_inside_a_slurm_job() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[07-12,20],n1", "gpu07"), ("a[3]", "a3"), ("n[1-2]-ib", "n1-ib")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[07-12,20],n1", "gpu07"),
+        ("a[3]", "a3"),
+        ("n[1-2]-ib", "n1-ib"),
+        ("r[2-3]n[01,04],x", "r2n01"),
+        ("r2n[07]b[1-3]-ib", "r2n07b1-ib"),
+    ],
 )
 def test_first_host(nodes: str, host: str) -> None:
     assert first_host(nodes) == host

@@ -17,7 +17,7 @@ from hpc_ddpm.config import load_config
 from hpc_ddpm.distributed import LAUNCHED
 from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.runlog import git_commit
-from launch.executor import Request, _submit_slurm, submit
+from launch.executor import Request, _submit_slurm, batch_script, submit
 from launch.jobs import StageJob
 from launch.pipeline import _requests
 from launch.profiles import load_profile
@@ -64,6 +64,19 @@ def test_a_dry_run_shows_script_and_request(laptop: Cli, tiny_packed: Path, tmp_
     assert "GiB per GPU at the peak" in rest
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert not run.exists()
+
+
+def test_a_site_that_takes_gres_only(tmp_path: Path) -> None:
+    """SLURM takes both options together without a word, and gives the smaller number."""
+    sites = {"gres": "gres=gpu:a100:4,lscratch:100", "gpus-per-node": "gpus-per-node=a100:4"}
+    for option, asked in sites.items():
+        profile = load_profile("devcluster").model_copy(
+            update={"gpu_option": option, "gpu_type": "a100", "sbatch": {"gres": "lscratch:100"}}
+        )
+        train = batch_script(Request("train", ("train",), tmp_path, profile, ranks_per_node=4))
+        lines = [line.removeprefix("#SBATCH --") for line in train.splitlines() if "gpu:" in line or "gpus" in line]
+        assert lines == [asked]
+        assert "--gres=lscratch:100\n" in batch_script(Request("pack", ("pack",), tmp_path, profile))
 
 
 def test_packing_asks_for_no_gpu_and_sampling_is_an_array(laptop: Cli, tmp_path: Path) -> None:
