@@ -8,9 +8,11 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_ddpm.errors import ClusterError, ConfigError
+from hpc_ddpm.files import private_folder, writing_to
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 KNOWN_BAD_CUDNN = range(90_800, 91_500)
 """bf16 conv3d is wrong up to 9.10 (pytorch#163539); PyTorch goes round these up to 9.14, slowly (pytorch#166643)."""
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
+"""Variables that name the folders in which compilers keep what they made; a submitted job sets them."""
 BAD_CPU_DEPTH = 2
 """bf16 weight gradients of conv3d hold uninitialised memory at this depth (seen in PyTorch 2.13, AVX512-BF16)."""
 
@@ -56,10 +60,11 @@ def local_device(ranks: Ranks) -> torch.device:
     From here on fp32 is fp32 in this process: PyTorch computes convolutions on GPUs in TF32 by default.
 
     Raises:
-        ClusterError: fewer visible GPUs than ranks on this node.
+        ClusterError: fewer visible GPUs than ranks on this node, or a compiler's cache that is not ours.
     """
     import torch
 
+    _see_that_caches_are_ours()
     if os.environ.get("HPC_DDPM_DEVICE") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
@@ -85,6 +90,19 @@ def _warn_of_hidden_gpus(ranks: Ranks) -> None:
             f"host memory; start one task per GPU with --gpus-per-node={ranks.local_world_size}, so that each sees all",
             stacklevel=3,
         )
+
+
+def _see_that_caches_are_ours() -> None:
+    """Compiled code is loaded from these folders of a shared /tmp, of which each node has its own.
+
+    Raises:
+        ClusterError: another user has made one, or it cannot be made.
+    """
+    folders = {Path(os.environ[name]).parent for name in CACHES if name in os.environ}
+    for folder in folders:
+        if folder.name == f"hpc_ddpm-{os.getuid()}":
+            with writing_to(folder, "scratch in the cluster profile"):
+                private_folder(folder)
 
 
 def resolve_precision(precision: str, device: torch.device, depths: Sequence[int] = ()) -> str:

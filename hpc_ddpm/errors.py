@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hpc_ddpm.text import one_line
+
 
 class HpcDdpmError(Exception):
     """Base of all errors that the user can mend; the message says what was found, expected, and what to do."""
@@ -16,6 +18,9 @@ class HpcDdpmError(Exception):
     exit_code = 2
     is_on_all_ranks = False
     """Every rank raises it, so it is enough that rank 0 says it."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(HpcDdpmError):

@@ -7,33 +7,37 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hpc_ddpm.errors import ClusterError, DataFormatError
+from hpc_ddpm.text import CONTROL
 
 FAULTS = (errno.EIO, errno.ESTALE)
 CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EEXIST),
+    *(errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *FAULTS,
 }
 
-_NAME = re.compile(r"(?!\.)[^/\\\0\ud800-\udfff]+")
+_NAME = re.compile(rf"(?!\.)[^/\\\ud800-\udfff{CONTROL}]{{1,255}}")
 
 
 def is_file_name(text: str) -> bool:
-    """Whether it names a file or folder by itself: UTF-8, not empty, not hidden, without slashes and NUL."""
+    """Whether it names a file or folder by itself: UTF-8, not hidden, no slash or control character, not too long."""
     return _NAME.fullmatch(text) is not None
 
 
 def first_unfit(names: Sequence[str]) -> str | None:
     """The first that is not `is_file_name`; looks at a hundred thousand in a few milliseconds."""
-    lines = "\n".join(("", *names, ""))
-    if lines.isascii() and not any(part in lines for part in ("/", "\\", "\0", "\n.", "\n\n")):
+    joined = "/".join(("", *names, ""))
+    is_plain = joined.isascii() and joined.isprintable() and joined.count("/") == len(names) + 1
+    longest = max(map(len, names), default=0)
+    if is_plain and longest <= 255 and not any(part in joined for part in ("\\", "/.", "//")):
         return None
     return next((name for name in names if not is_file_name(name)), None)
 
@@ -48,7 +52,7 @@ def atomic_path(path: Path, *, durable: bool = True, scratch: Path | None = None
     folder = scratch or path.parent
     for parent in (folder, path.parent):
         parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary = folder / f".{path.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         yield temporary
         if durable:
@@ -111,6 +115,24 @@ def reading_from(place: Path) -> Iterator[None]:
             f"{name}: cannot be read ({error.strerror or error}); mend its permissions or its storage",
             "unreadable",
         ) from None
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that nobody else can write in, or see that it is one: for what is read or run without a check.
+
+    Raises:
+        ClusterError: it is a link, or another user's.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+        found = "a link" if stat.S_ISLNK(facts.st_mode) else f"of the user with the number {facts.st_uid}"
+        found = found if stat.S_ISDIR(facts.st_mode) or stat.S_ISLNK(facts.st_mode) else "no folder"
+        raise ClusterError(f"{folder}: {found}, not a folder of yours; remove it, or name another place")
+    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        folder.chmod(0o700)
 
 
 def fsync(path: Path) -> None:

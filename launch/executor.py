@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import re
 import shlex
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -20,9 +22,11 @@ import submitit
 from pydantic import ValidationError
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from hpc_ddpm.device import CACHES
 from hpc_ddpm.distributed import LAUNCHERS, RANK_VARIABLES, free_port
-from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.errors import ClusterError, ConfigError
 from hpc_ddpm.runlog import git_commit
+from hpc_ddpm.text import has_control, show
 from launch.jobs import VISIBLE_GPUS, StageJob
 from launch.profiles import Profile
 from launch.records import FOLDER, GPU_STAGES, Submission, submitting
@@ -33,7 +37,6 @@ SRUN_ARGUMENTS = ["--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"]
 OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
 OF_RANKS = ("SLURM_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "TORCHELASTIC_")
 """Beginnings of variables that tell a process which rank it is."""
-CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,38 @@ def submit(request: Request) -> Submission:
 
     Raises:
         ClusterError: a job of this run is queued or runs already, or may do so; or SLURM is not here or refuses.
+        ConfigError: SLURM would read the path of the run otherwise.
     """
+    check_path(request.run_dir)
     with submitting(request.run_dir):
         refuse_if_busy(request.run_dir)
-        return _submit(request)
+        _keep_from_replacing(request.run_dir / FOLDER)
+        umask = os.umask(0o022)  # what the job loads and runs is not for others to change
+        try:
+            os.umask(umask | 0o022)
+            return _submit(request, umask)
+        finally:
+            os.umask(umask)
+
+
+def check_path(run_dir: Path) -> None:
+    """A batch script, and SLURM's patterns for names of logs, hold the path of a run.
+
+    Raises:
+        ConfigError: it would end a line there, or stand for something else.
+    """
+    path = str(run_dir.resolve())
+    if has_control(path):
+        raise ConfigError(f"{show(path)}: a path with a line break or another control character; rename the folder")
+    if found := re.search(r"%[jtaA]|\\", path):
+        raise ConfigError(f"{path}: '{found.group()}' means something else in the names of logs; rename the folder")
+
+
+def _keep_from_replacing(folder: Path) -> None:
+    """Where a group shares a run, its members may add jobs, but not replace those of others."""
+    facts = folder.stat()
+    if facts.st_uid == os.getuid() and facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        folder.chmod(facts.st_mode | stat.S_ISVTX)
 
 
 def refuse_if_busy(run_dir: Path) -> None:
@@ -139,12 +170,12 @@ def refuse_if_busy(run_dir: Path) -> None:
         )
 
 
-def _submit(request: Request) -> Submission:
+def _submit(request: Request, umask: int) -> Submission:
     """Leaves nothing behind where SLURM refuses."""
     folder = request.run_dir.resolve() / FOLDER
     code = take_snapshot(folder)
     before = set(folder.iterdir())
-    job = StageJob(request.arguments, str(request.run_dir.resolve()), str(Path.cwd()))
+    job = StageJob(request.arguments, str(request.run_dir.resolve()), str(Path.cwd()), umask)
     try:
         is_local = request.profile.executor == "local"
         job_id = _submit_local(request, folder, code, job) if is_local else _submit_slurm(request, code, job)
@@ -187,7 +218,12 @@ class _Executor(submitit.SlurmExecutor):
 
 
 def batch_script(request: Request) -> str:
-    """Exactly what is handed to sbatch, except for the name of the copied code."""
+    """Exactly what is handed to sbatch, except for the name of the copied code.
+
+    Raises:
+        ConfigError: see `check_path`.
+    """
+    check_path(request.run_dir)
     executor = _build(request, request.run_dir.resolve() / FOLDER / "code-SNAPSHOT")
     if request.num_tasks > 1:
         executor.parameters["map_count"] = request.num_tasks
@@ -247,13 +283,18 @@ def _build(request: Request, code: Path) -> _Executor:
     python = profile.python or shlex.quote(sys.executable)
     python = f"{profile.container} {python} -P".strip()  # -P: the folder that it was submitted from is not searched
     executor = _Executor(folder, python=python)
+    wanted, srun_arguments = _resources(request), SRUN_ARGUMENTS
+    if "%" in str(folder):  # SLURM fills in patterns: these win over submitit's
+        log = f"{folder}/".replace("%", "%%") + ("%A_%a" if request.num_tasks > 1 else "%j")
+        wanted["additional_parameters"] |= {"output": f"{log}_0_log.out"}
+        srun_arguments = [*SRUN_ARGUMENTS, "--output", f"{log}_%t_log.out"]
     executor.update_parameters(
         setup=_setup(profile, code),
         teardown=_teardown(request, python),
-        srun_args=SRUN_ARGUMENTS,
+        srun_args=srun_arguments,
         stderr_to_stdout=True,
         wckey=None,
-        **_resources(request),
+        **wanted,
     )
     return executor
 

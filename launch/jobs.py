@@ -25,6 +25,8 @@ class StageJob:
     arguments: tuple[str, ...]
     run_dir: str
     cwd: str
+    umask: int | None = None
+    """Of the command that submitted it; the job inherits a narrower one."""
 
     def __call__(self) -> None:
         """As one rank.
@@ -35,6 +37,8 @@ class StageJob:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         os.chdir(self.cwd)
+        if self.umask is not None:
+            os.umask(self.umask)
         _export_local_ranks()
         ranks = detect_ranks()
         print(_describe(ranks), flush=True)

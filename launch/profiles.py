@@ -12,19 +12,26 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from hpc_ddpm.config import Section, did_you_mean, presets_dir, read_yaml
 from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.text import has_control, show
 
 USER_FOLDER = Path("~/.config/hpc_ddpm/cluster")
 GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket")
-TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+TIME = re.compile(r"(?:(\d{1,5})-)?(\d{1,6}):([0-5]\d):([0-5]\d)", re.ASCII)
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+OPTION = r"^[A-Za-z][A-Za-z0-9_-]*$"
 
 
 def _check_time(value: Any) -> Any:
     if not TIME.fullmatch(str(value)):
         raise ValueError(
-            f"'{value}' is no time; expected HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, "
+            f"{show(str(value))} is no time; expected HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, "
             "such as 24:00:00 or 1-00:00:00"
         )
     return value
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 class Profile(Section):
@@ -45,7 +52,7 @@ class Profile(Section):
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     """The option of `sbatch` that asks for them; some sites take --gres=gpu:a100:4 only."""
     cpus_per_gpu: int = Field(default=4, ge=1)
-    memory_per_gpu: Annotated[str, Field(pattern=r"^([1-9]\d*[MGT])?$")] = ""
+    memory_per_gpu: Annotated[str, Field(pattern=r"^([1-9]\d{0,8}[MGT])?$")] = ""
     """Of the node, for example 60G; the site's default where empty. Packing takes that of all the node's GPUs."""
     time: Annotated[str, BeforeValidator(_check_time)] = "24:00:00"
     """Limit of one start; a job that needs more saves, requeues itself and goes on."""
@@ -67,13 +74,14 @@ class Profile(Section):
     """Interpreter on the nodes; the one that submits where empty."""
     scratch: str = "${TMPDIR:-/tmp}"
     """Folder on the node's own disk, for compilers' caches; the shell of the job expands it."""
-    environment: dict[str, str | int] = Field(default={})
+    environment: dict[Annotated[str, Field(pattern=VARIABLE)], str | int] = Field(default={})
     """Variables of the job, for example NCCL_SOCKET_IFNAME."""
-    sbatch: dict[str, str | int | bool] = Field(default={})
+    sbatch: dict[Annotated[str, Field(pattern=OPTION)], str | int | bool] = Field(default={})
     """Any other `sbatch` option, without the dashes, for example {reservation: course}; none that asks for GPUs."""
 
     @model_validator(mode="after")
     def _check(self) -> Profile:
+        self._check_characters()
         if self.executor != "slurm" and self.nodes != 1:
             raise ValueError(f"executor {self.executor} has one node, found nodes={self.nodes}")
         if self.executor != "debug" and self.limit_s <= self.signal_delay_s:
@@ -97,6 +105,16 @@ class Profile(Section):
         if self.gpu_option == "gpus-per-node":
             return {"gpus-per-node": wanted}
         return {"gres": ",".join(filter(None, (f"gpu:{wanted}", str(self.sbatch.get("gres", "")))))}
+
+    def _check_characters(self) -> None:
+        """All of it becomes lines of a batch script; only `setup` is meant as several."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for text in map(str, value.values() if isinstance(value, dict) else _as_tuple(value)):
+                if has_control(re.sub(r"[\n\t]", "", text) if name == "setup" else text):
+                    raise ValueError(f"{name}: {show(text)} has a line break or another control character; remove it")
+        if re.search(r'["`\\]|\$\(', self.scratch):
+            raise ValueError(f"scratch: {show(self.scratch)} is no path; expected for example ${{TMPDIR:-/tmp}}")
 
     def memory(self, gpus: int) -> str:
         """What so many GPUs of a node come with, as `sbatch --mem` takes it."""

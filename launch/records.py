@@ -48,6 +48,10 @@ class Submission:
     git_commit: str | None
     gpus_per_rank: int = 1
 
+    def __post_init__(self) -> None:
+        if not self.job_id.isdecimal():  # it becomes the word of a command, and a part of paths
+            raise ValueError(f"no number of a job: {self.job_id!r}")
+
     @property
     def task_ids(self) -> list[str]:
         """`123`, or `123_0`, `123_1`, ..."""
@@ -82,7 +86,7 @@ def read_submissions(run_dir: Path, *, skip_foreign: bool = False) -> list[Submi
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             found.append(Submission(**(record | {"run_dir": str(run_dir.resolve())})))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError):
             if not skip_foreign:
                 raise ClusterError(
                     f"{path}: no record of a job, or a torn one; remove it once no job of {run_dir} is queued or runs"

@@ -15,6 +15,7 @@ from hpc_ddpm.distributed import detect_ranks
 from hpc_ddpm.errors import CheckpointError, ConfigError
 from hpc_ddpm.files import write_json, writing_to
 from launch.progress import progress_bar
+from launch.submit_checks import check_segmenter
 
 if TYPE_CHECKING:
     from hpc_ddpm.sampling.masks import MaskSource
@@ -52,6 +53,7 @@ def run_stage(
 ) -> int:
     """`hpc-ddpm sample run`: the ranks share the work without talking to each other; returns the exit code."""
     model, weights = _load(source, overrides)
+    check_segmenter(model.config, overrides, source)
     return _generate(model, weights, out, _masks(out, masks, split, covariates, model.config), show_progress)
 
 
@@ -62,8 +64,10 @@ def retry_stage(out: Path, source: Path | None, overrides: Sequence[str], show_p
     folder = find_folder(out)
     made_with = folder.made_with()
     stored = config_from_dict(made_with["config"], str(folder.path))
+    config = with_overrides(stored, overrides)
+    check_segmenter(config, overrides, folder.path)
     path = source or _find_weights(made_with["weights"])
-    model, weights = _load(path, config=with_overrides(stored, overrides))
+    model, weights = _load(path, config=config)
     return _generate(model, weights, folder.path, [], show_progress, retry=True)
 
 
@@ -81,6 +85,7 @@ def anonymize_stage(
 
     model, weights = _load(source, overrides)
     config, data = model.config, model.config.data.path
+    check_segmenter(config, overrides, source)
     masks = find_packed_masks(data, subjects=subjects, covariates=config.data.covariates)
     code = _generate(model, weights, out, masks, show_progress)
     ranks, folder = detect_ranks(), SampleFolder(out)

@@ -15,6 +15,7 @@ from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import writing_to
 from hpc_ddpm.training.resume import CONFIG_FILE, check_resume, stored_config
 from launch.progress import progress_bar, tell_steps
+from launch.submit_checks import SEGMENTER
 
 if TYPE_CHECKING:
     from hpc_ddpm.data.pack import PackReport
@@ -140,7 +141,10 @@ def training_settings(
     if init_from:
         settings.append(f"training.init_from={init_from.resolve()}")
         stored = init_from / CONFIG_FILE
-        config = config or (str(stored) if stored.is_file() else None)
+        if config is None and stored.is_file():
+            config = str(stored)
+            if not (init_from / "checkpoints").is_dir():
+                settings.insert(0, f"{SEGMENTER}=")  # weights cannot name a program for this run
     return config, settings
 
 

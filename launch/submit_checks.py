@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc_ddpm.config import Config, load_config, with_overrides
 from hpc_ddpm.errors import ConfigError
 
+SEGMENTER = "sampling.fidelity.segmenter"
 Given = dict[str, Any]
 """Parameters of the stage's own command."""
 
@@ -64,10 +66,31 @@ def check_sampling(given: Given) -> None:
     settings = as_settings(given["overrides"], given["replicas"], given["reject_below"], given["max_tries"])
     stored = stored_config(given["source"])
     config = with_overrides(stored, settings) if stored else load_config(None, settings).config
+    check_segmenter(config, settings, given["source"])
     if given["masks"]:
         _exists(given["masks"], "give --masks a mask, a folder of masks or a table")
     elif stored and (given["split"] or not read_manifest(given["out"])):
         _is_packed(config, "--masks, or data.path=PACKED")
+
+
+def check_segmenter(config: Config, settings: Sequence[str], source: Path) -> None:
+    """TorchScript runs code, so only a user names it: on this command line, or when the run was trained.
+
+    Args:
+        config: to sample with.
+        settings: of this command line.
+        source: run, weights or generated set that the rest of `config` is from.
+
+    Raises:
+        ConfigError: only a folder that may be someone else's names it.
+    """
+    fidelity, is_run = config.sampling.fidelity, (source / "checkpoints").is_dir()
+    is_named = any(setting.partition("=")[0].strip() == SEGMENTER for setting in settings)
+    if fidelity.segmenter and fidelity.method in ("auto", "segmenter") and not is_named and not is_run:
+        raise ConfigError(
+            f"{source} names a segmenter, whose code would run here; if you trust that file, name it yourself: "
+            f"{SEGMENTER}={fidelity.segmenter}"
+        )
 
 
 def check_benchmark(name: str, given: Given, world_size: int) -> None:

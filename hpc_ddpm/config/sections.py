@@ -475,7 +475,9 @@ class FidelityConfig(Section):
     method: Literal["auto", "background", "segmenter", "none"] = "auto"
     """auto: the segmenter if one is given, else the background where the label scheme covers the whole brain."""
     segmenter: str = ""
-    """TorchScript file, or MONAI bundle folder, that maps (1, C, ...) in [-1, 1] to labels or logits."""
+    """TorchScript file, or MONAI bundle folder, that maps (1, C, ...) in [-1, 1] to labels or logits.
+
+    It is a program that runs with your rights: what a generated set or imported weights name is not loaded."""
     segmenter_axes: Literal["zyx", "xyz"] = "zyx"
     """Order of the segmenter's spatial axes; MONAI bundles see xyz."""
     reject_below: float = Field(default=0.0, ge=0, le=1)

@@ -314,7 +314,7 @@ def _fault(subject: str, path: Path) -> str:
     if _printable(path) != path:
         return "its name is not UTF-8; rename it"
     if not is_file_name(subject):
-        return f"the subject would be called {subject!r}; rename it: neither empty, nor hidden, nor with slashes"
+        return f"the subject would be called {subject!r}; rename it: not empty, hidden, or with slashes or line breaks"
     return ""
 
 

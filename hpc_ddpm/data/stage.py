@@ -1,6 +1,6 @@
 """Shards copied to a node-local folder, once per node for all ranks and jobs of a user.
 
-<stage_dir>/hpc_ddpm-<user id>/
+<stage_dir>/hpc_ddpm-<user id>/   nobody else can write here; refused where another user has made it
     <SHA-256>.h5            a shard; complete when it exists
     packed-<hash>/          index.json, and links to its shards: an ordinary packed dataset; delete a link that leads to
                             a damaged shard, and it is copied again
@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -27,7 +27,7 @@ from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.pool import Progress
 from hpc_ddpm.data.shards import INDEX, Index, ShardEntry, open_packed, read_index, write_index
 from hpc_ddpm.errors import ClusterError, ConfigError, DataFormatError
-from hpc_ddpm.files import atomic_path, writing_to
+from hpc_ddpm.files import atomic_path, private_folder, writing_to
 
 GIB = 2**30
 BLOCK_BYTES = 2**24
@@ -46,7 +46,7 @@ def stage(data: DataConfig, progress: Progress = lambda done, total: None) -> Pa
 
     Raises:
         ConfigError: an environment variable in `data.stage_dir` is not set.
-        ClusterError: not enough space, or a folder that cannot be used.
+        ClusterError: not enough space, or a folder that cannot be used or is another user's.
         DataFormatError: a shard is missing or differs from its SHA-256.
     """
     source = Path(data.path)
@@ -57,7 +57,7 @@ def stage(data: DataConfig, progress: Progress = lambda done, total: None) -> Pa
     content = json.dumps([index.data, index.shards]).encode()
     target = folder / f"packed-{sha256(content).hexdigest()[:16]}"
     with writing_to(folder, "data.stage_dir"):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
         while not _is_whole(target, index):
             with _lock(folder) as is_ours:
                 if is_ours:
@@ -102,7 +102,16 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 def _is_whole(target: Path, index: Index) -> bool:
     """Whether the links to all shards, in full, and the index are there."""
-    return (target / INDEX).exists() and all(_is_there(target / entry["file"], entry) for entry in index.shards)
+    is_there = (target / INDEX).exists() and all(_is_there(target / entry["file"], entry) for entry in index.shards)
+    return is_there and _is_indexed(target, index)
+
+
+def _is_indexed(target: Path, index: Index) -> bool:
+    """Whether the copy's index says what the original's says."""
+    with suppress(DataFormatError):
+        found = read_index(target)
+        return (found.data, found.shards) == (index.data, index.shards)
+    return False
 
 
 def _missing(target: Path, index: Index) -> list[ShardEntry]:
@@ -141,15 +150,13 @@ def _copy_missing(source: Path, target: Path, index: Index, progress: Progress) 
 
 
 def _copy(source: Path, target: Path, entry: ShardEntry) -> None:
+    """What has arrived is compared, not what was sent."""
     digest = sha256()
-    with (
-        atomic_path(_staged(target, entry)) as temporary,
-        (source / entry["file"]).open("rb") as reader,
-        temporary.open("wb") as writer,
-    ):
-        while block := reader.read(BLOCK_BYTES):
-            digest.update(block)
-            writer.write(block)
+    with atomic_path(_staged(target, entry)) as temporary:
+        shutil.copyfile(source / entry["file"], temporary)
+        with temporary.open("rb") as reader:
+            while block := reader.read(BLOCK_BYTES):
+                digest.update(block)
         if digest.hexdigest() != entry["sha256"]:
             raise DataFormatError(
                 f"{source / entry['file']}: SHA-256 differs from {INDEX}; see `hpc-ddpm data verify`, then copy the "
@@ -165,5 +172,5 @@ def _assemble(target: Path, index: Index) -> None:
         if not _is_there(link, entry):
             link.unlink(missing_ok=True)
             link.symlink_to(Path("..", _staged(target, entry).name))
-    if not (target / INDEX).exists():
+    if not _is_indexed(target, index):
         write_index(target, index.data, index.shards)

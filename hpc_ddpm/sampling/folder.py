@@ -11,6 +11,7 @@ failed/ID.json      why a volume could not be made
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,11 +22,15 @@ from hpc_ddpm.config import Config
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import write_json
 from hpc_ddpm.sampling.plan import MANIFEST, WAIT_S
+from hpc_ddpm.text import show
 from hpc_ddpm.workers.claims import Writer
 
 SETTINGS = "sampling.json"
+NAMES = frozenset({"sidecar", "failed", "mask", "bids", "packed", "gallery"})
+"""Folders of a set, which no modality can be called."""
 PURPOSE = "sample"
 """Workers of a folder differ in nothing that matters: `sampling.json` sees to it."""
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,10 @@ class SampleFolder:
     def read_failure(self, item_id: str) -> Failure | None:
         """The record, unless it is gone or damaged."""
         try:
-            return Failure(**json.loads(self.failure(item_id).read_text(encoding="utf-8")))
+            found = Failure(**json.loads(self.failure(item_id).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+        return found if found.id == item_id else None
 
     def write_failure(self, failure: Failure, scratch: Path) -> None:
         """Mark a volume as failed."""
@@ -86,7 +92,7 @@ class SampleFolder:
         """The sidecar's content.
 
         Raises:
-            DataFormatError: damaged.
+            DataFormatError: damaged, or the record of another volume.
         """
         path = self.sidecar(item_id)
         try:
@@ -95,6 +101,10 @@ class SampleFolder:
             raise DataFormatError(f"{path}: not a readable sidecar ({error}); delete it to make it again") from None
         if not isinstance(record, dict):
             raise DataFormatError(f"{path}: not a sidecar; delete it to make it again")
+        if record.get("id") != item_id:
+            raise DataFormatError(f"{path}: the sidecar of {show(record.get('id'))}; delete it to make it again")
+        if not _SHA256.fullmatch(str(record.get("voxels_sha256"))):
+            raise DataFormatError(f"{path}: voxels_sha256 is no SHA-256; delete it to make it again")
         return record
 
     def records(self) -> Iterator[dict[str, Any]]:

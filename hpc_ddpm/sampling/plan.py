@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_ddpm.errors import ConfigError, DataFormatError
-from hpc_ddpm.files import atomic_path
+from hpc_ddpm.files import atomic_path, first_unfit, is_file_name
 from hpc_ddpm.sampling.masks import MaskSource
+from hpc_ddpm.text import show
 from hpc_ddpm.workers.claims import Writer
 
 MANIFEST = "manifest.jsonl"
@@ -102,9 +103,13 @@ def read_manifest(out: Path) -> list[Item]:
     items = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            items.append(Item(**json.loads(line)))
+            item = Item(**json.loads(line))
+            is_fit = is_file_name(item.id) and is_file_name(item.mask_id)
         except (ValueError, TypeError) as error:
             raise DataFormatError(f"{path}:{number}: not a planned volume ({error}); restore the file") from None
+        if not is_fit:
+            raise DataFormatError(f"{path}:{number}: id {show(item.id)} cannot be the name of a file; restore the file")
+        items.append(item)
     return items
 
 
@@ -112,9 +117,11 @@ def extend_manifest(out: Path, wanted: Iterable[Item], writer: Writer) -> list[I
     """Add what is not planned yet, and return the whole plan.
 
     Raises:
-        ConfigError: a volume is planned already from another mask file or with another seed.
+        ConfigError: a volume is planned already from another mask file or with another seed, or its id is no name.
     """
     wanted = list(wanted)
+    if (unfit := first_unfit([item.id for item in wanted])) is not None:
+        raise ConfigError(f"{show(unfit)} cannot be the name of a file; rename the mask")
     while True:
         planned = read_manifest(out)
         new = _missing(out, planned, wanted)

@@ -22,18 +22,19 @@ from hpc_ddpm.data.labels import to_brats_raw
 from hpc_ddpm.data.shards import INDEX
 from hpc_ddpm.data.team import Team
 from hpc_ddpm.distributed import StopFlag
-from hpc_ddpm.errors import ClusterError
-from hpc_ddpm.files import writing_to
+from hpc_ddpm.errors import ClusterError, ConfigError
+from hpc_ddpm.files import is_file_name, writing_to
 from hpc_ddpm.runlog import package_versions
 from hpc_ddpm.sampling.bids import BIDS, check_labels, describe_dataset
 from hpc_ddpm.sampling.fidelity import build_fidelity
 from hpc_ddpm.sampling.finish import Finisher
-from hpc_ddpm.sampling.folder import PURPOSE, SampleFolder
+from hpc_ddpm.sampling.folder import NAMES, PURPOSE, SampleFolder
 from hpc_ddpm.sampling.masks import MaskSource
 from hpc_ddpm.sampling.packed import PACKED, ROWS, assemble
 from hpc_ddpm.sampling.pipeline import Pipeline
 from hpc_ddpm.sampling.plan import WAIT_S, Item, build_plan, extend_manifest, read_manifest
 from hpc_ddpm.sampling.write import estimate_bytes
+from hpc_ddpm.text import show
 from hpc_ddpm.workers.claims import Writer
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
@@ -228,6 +229,9 @@ def _plan(
     output = config.sampling.output
     if output.mask_coding == "brats_raw":
         to_brats_raw(np.empty(0, np.uint8), config.data.labels)
+    for modality in config.data.modalities:
+        if modality in NAMES or not is_file_name(modality):
+            raise ConfigError(f"data.modalities: no folder of a set can be called {show(modality)}; rename it")
     folder.claim(config, weights, writer)
     planned = read_manifest(folder.path)
     sources = masks or [item.source for item in planned if item.replica == 0]

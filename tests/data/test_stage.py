@@ -119,6 +119,51 @@ def test_a_staged_shard_that_was_damaged_is_copied_again_once_deleted(
     np.testing.assert_array_equal(open_packed(staged).read(2)[0], open_packed(data.path).read(2)[0])
 
 
+def test_a_folder_of_someone_else_is_not_used(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted before the first job: a link to a file of ours that would be truncated, and a whole dataset."""
+    folder = staging.expand(data.stage_dir) / f"hpc_ddpm-{os.getuid()}"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "lock").write_text("precious")
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ClusterError, match="a link, not a folder of yours; remove it, or name another place"):
+        stage(data)
+    assert (tmp_path / "elsewhere" / "lock").read_text() == "precious"
+    folder.unlink()
+    copy = stage(data)
+    assert copy.parent.stat().st_mode & 0o777 == 0o700
+    someone = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: someone)
+    copy.parent.rename(folder.with_name(f"hpc_ddpm-{os.getuid()}"))
+    with pytest.raises(ClusterError, match="not a folder of yours"):
+        stage(data)
+
+
+def test_an_index_that_says_otherwise_is_replaced(data: DataConfig) -> None:
+    copy = stage(data)
+    good = (copy / "index.json").read_bytes()
+    for bad in (good.replace(b"head_0001", b"head_0009"), b"{}", b"\xff"):
+        (copy / "index.json").write_bytes(bad)
+        assert stage(data) == copy
+        assert (copy / "index.json").read_bytes() == good
+
+
+def test_what_arrives_is_compared(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what was sent: the node's disk may be what is broken."""
+
+    def flip(source: Path, target: Path) -> None:
+        content = bytearray(source.read_bytes())
+        content[len(content) // 2] ^= 1
+        target.write_bytes(content)
+
+    monkeypatch.setattr(shutil, "copyfile", flip)
+    with pytest.raises(DataFormatError, match=r"SHA-256 differs from index\.json"):
+        stage(data)
+    assert files(data) == []
+
+
 SLOW = """
     import sys, time
     from hpc_ddpm.config import DataConfig
