@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
+import itertools
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_ddpm.errors import ClusterError
-from launch import slurm
+from launch.doctor_slurm import look_at_slurm
+from launch.finding import Finding
 from launch.profiles import Profile
 
 TIMEOUT_S, TIMED_OUT = 120, 124
 GIB = 2**30
 LITTLE_SPACE_GIB = 50.0
+DRIVER = Path("/proc/driver/nvidia/gpus")
+"""A folder for each GPU of the node, also for those that are hidden from this process."""
 NEEDED = ("torch", "deepspeed", "h5py", "hdf5plugin", "nibabel", "submitit", "pydantic", "numpy", "cramjam")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found."""
-
-    check: str
-    status: str
-    """pass, warn or fail."""
-    found: str
-    advice: str = ""
 
 
 Check = Callable[[], Iterator[Finding]]
@@ -39,8 +29,8 @@ Check = Callable[[], Iterator[Finding]]
 
 def examine(profile: Profile | None, path: Path) -> Iterator[Finding]:
     """All checks, in the order in which they matter."""
-    checks: list[Check] = [_python, _gpu, _conv3d, _deepspeed, _ranks, _mpi]
-    for check in [*checks, lambda: _hdf5(path), lambda: _space(path), lambda: _slurm(profile)]:
+    checks: list[Check] = [_python, _gpu, _peers, _conv3d, _deepspeed, _ranks, _mpi]
+    for check in [*checks, lambda: _hdf5(path), lambda: _space(path), lambda: look_at_slurm(profile)]:
         yield from check()
 
 
@@ -99,6 +89,28 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("cudnn", "fail", f"{cudnn} computes bf16 conv3d wrongly or not at all", "install cuDNN ≥ 9.15")
     else:
         yield Finding("cudnn", "pass", str(cudnn))
+
+
+def _peers() -> Iterator[Finding]:
+    """Whether the GPUs of this node reach each other directly: where they do not, NCCL is slow and says nothing."""
+    import torch
+
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    on_node = sum(1 for _ in DRIVER.glob("*"))
+    if visible == 1 < on_node:
+        advice = "ask for them with --gpus-per-node, not --gpus-per-task, and run this there: srun hpc-ddpm doctor"
+        yield Finding("peers", "warn", f"1 of the {on_node} GPUs of this node is visible here", advice)
+    if visible < 2:
+        return
+    pairs = list(itertools.combinations(range(visible), 2))
+    apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    if apart:
+        shown = ", ".join(f"{one}-{other}" for one, other in apart[:6]) + (", …" if len(apart) > 6 else "")
+        found = f"{len(apart)} of {len(pairs)} pairs of GPUs do not reach each other directly: {shown}"
+        advice = "NCCL goes through host memory there; see `nvidia-smi topo -p2p r`, or ask the site (ACS, IOMMU)"
+        yield Finding("peers", "warn", found, advice)
+    else:
+        yield Finding("peers", "pass", f"all {visible} GPUs reach each other directly")
 
 
 def _conv3d() -> Iterator[Finding]:
@@ -198,76 +210,3 @@ def _space(path: Path) -> Iterator[Finding]:
         "" if status == "pass" else "`hpc-ddpm estimate CONFIG` says what checkpoints take; `checkpoint prune` frees"
     )
     yield Finding("space", status, f"{free_gib:.0f} GiB free in {path} (quotas not seen)", advice)
-
-
-# --------------------------------------------------------------------------------------------------- the cluster
-
-
-def _slurm(profile: Profile | None) -> Iterator[Finding]:
-    is_needed = profile is not None and profile.executor == "slurm"
-    try:
-        text = slurm.ask("scontrol", "show", "config")
-    except ClusterError as error:
-        advice = "use a login node; elsewhere only --cluster local works"
-        yield Finding("slurm", "fail" if is_needed else "warn", str(error), advice)
-        return
-    settings = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE))
-    yield Finding("slurm", "pass", f"{settings.get('SLURM_VERSION')}, cluster {settings.get('ClusterName')}")
-    for check in (lambda: _partitions(profile if is_needed else None), lambda: _restarts(settings)):
-        try:
-            yield from check()
-        except ClusterError as error:
-            yield Finding("slurm", "fail", str(error))
-    limit = int(settings.get("MaxArraySize", 0))
-    yield Finding("arrays", "pass" if limit > 1 else "fail", f"{limit} tasks at most (MaxArraySize)")
-    try:
-        slurm.ask("sacct", "-n", "-X", "--starttime=now-1hour")
-        yield Finding("accounting", "pass", "sacct answers")
-    except ClusterError as error:
-        advice = "jobs that ended over five minutes ago are known by what they wrote only"
-        yield Finding("accounting", "warn", str(error), advice)
-
-
-def _partitions(profile: Profile | None) -> Iterator[Finding]:
-    rows = [line.split("|") for line in slurm.ask("sinfo", "-h", "-o", "%R|%G|%D|%l|%a").splitlines()]
-    shown = "; ".join(f"{name}: {nodes} nodes, {gpus}, {limit}" for name, gpus, nodes, limit, _ in rows)
-    yield Finding("partitions", "pass", shown)
-    if profile is None:
-        return
-    with_gpus, without = profile.partition.split(","), profile.cpu_partition.split(",")
-    for name in dict.fromkeys(filter(None, (*with_gpus, *without))):
-        own = [row for row in rows if row[0] == name]
-        most = max((int(count) for row in own for count in re.findall(r"gpu(?::[\w.-]+)?:(\d+)", row[1])), default=0)
-        if not own:
-            known = ", ".join(sorted({row[0] for row in rows}))
-            yield Finding("profile", "fail", f"no partition {name}", f"one of {known}")
-        elif all(row[4] != "up" for row in own):
-            yield Finding("profile", "fail", f"partition {name} is down", "choose another one, or wait")
-        elif name in with_gpus and most < profile.gpus_per_node:
-            advice = f"set gpus_per_node to {most} or less"
-            yield Finding("profile", "fail", f"{name} has {most} GPUs per node, {profile.gpus_per_node} asked", advice)
-        else:
-            yield Finding("profile", "pass", f"partition {name} is up, {most} GPUs per node")
-
-
-def _restarts(settings: dict[str, str]) -> Iterator[Finding]:
-    if settings.get("JobRequeue") == "1":
-        yield Finding("requeue", "pass", "JobRequeue=1: jobs come back after the loss of a node")
-    else:
-        yield Finding("requeue", "pass", "JobRequeue=0; our jobs ask for it themselves (--requeue)")
-    if settings.get("PreemptType", "preempt/none") == "preempt/none":
-        yield Finding("preemption", "pass", "off on this cluster")
-        return
-    both = settings.get("SlurmctldParameters", "") + settings.get("PreemptParameters", "")
-    told = "the job's own signal (send_user_signal)" if "send_user_signal" in both else "SIGTERM"
-    yield Finding("preemption", "pass", f"{settings['PreemptType']}: announced by {told}; both are handled")
-    found = re.findall(
-        r"PartitionName=(\S+)[\s\S]*?GraceTime=(\d+)[\s\S]*?PreemptMode=(\S+)",
-        slurm.ask("scontrol", "show", "partition"),
-    )
-    for name, grace_s, mode in found:
-        if mode == "REQUEUE" and int(grace_s) == 0:
-            advice = "lower training.checkpoint_every_steps there"
-            yield Finding("preemption", "warn", f"{name} gives no grace time: work since a checkpoint is lost", advice)
-        elif mode == "REQUEUE":
-            yield Finding("preemption", "pass", f"{name} gives {grace_s} s to save")

@@ -34,6 +34,15 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def seconds_of(time: str) -> int | None:
+    """`1-12:00:00` in seconds; None for what is no time, such as SLURM's UNLIMITED."""
+    match = TIME.fullmatch(time)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 86400 * days + 3600 * hours + 60 * minutes + seconds
+
+
 class Profile(Section):
     """How jobs are started on one cluster. A job has one task (rank) per GPU."""
 
@@ -124,10 +133,9 @@ class Profile(Section):
     @property
     def limit_s(self) -> int:
         """The time limit."""
-        match = TIME.fullmatch(self.time)
-        assert match is not None
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-        return 86400 * days + 3600 * hours + 60 * minutes + seconds
+        limit_s = seconds_of(self.time)
+        assert limit_s is not None
+        return limit_s
 
     @property
     def hours(self) -> float:
