@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,mpi,test,dev,bench]'
 	@touch $@
 
-demo: install    ## the main job end to end, about 5 minutes on 2 cores
+demo: install    ## the main job end to end, about 5 minutes on 2 cores of any kind
 	$(BIN)/hpc-ddpm demo
 
 TWO_AT_ONCE := -n 2 --dist loadfile

@@ -16,6 +16,7 @@ import yaml
 from hpc_ddpm.config import Config, load_config
 from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.demo.cohort import write_cohort
+from hpc_ddpm.demo.pace import choose_steps
 from hpc_ddpm.demo.source import describe_source
 from hpc_ddpm.demo.summary import report_run
 from hpc_ddpm.errors import HpcDdpmError
@@ -61,13 +62,18 @@ def run_demo(
         say(f"1/5 brains: yours -> {source}")
         settings = describe_source(source, load_config("demo", overrides).config)
     config = load_config("demo", [*settings, *overrides]).config
+    if not any(override.startswith("training.num_steps") for override in overrides):
+        steps = choose_steps(out / "demo.yaml", config)
+        config = load_config("demo", [*settings, *overrides, f"training.num_steps={steps}"]).config
     preset = _write_config(out / "demo.yaml", config)
     stages = _Stages(say, num_ranks, ["--quiet"] if quiet else [])
 
     packed_dir, run_dir, samples = out / "packed", out / "train", out / "samples"
     stages.run(f"2/5 packing -> {packed_dir}", ["pack", source, "--out", packed_dir, "--config", preset], ranks=1)
     train: list[str | Path] = ["train", "--config", preset, "--data", packed_dir, "--out", run_dir]
-    stages.run(f"3/5 training on {num_ranks} ranks -> {run_dir}", train, ranks=num_ranks)
+    stages.run(
+        f"3/5 training: {config.training.num_steps} steps on {num_ranks} ranks -> {run_dir}", train, ranks=num_ranks
+    )
     has_held_out = bool(open_packed(packed_dir).subjects("val"))
     masks: list[str | Path] = ["--split", "val"] if has_held_out else ["--masks", source]
     sample: list[str | Path] = ["sample", run_dir, "--out", samples, *masks]

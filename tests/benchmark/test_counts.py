@@ -25,8 +25,9 @@ from hpc_ddpm.training.engine import Engine
 from tests.conftest import rank_environment
 
 FILE = Path(__file__).with_name("counts.json")
-CONFIG = load_config("demo", ["training.precision=fp32", "data.size=[16,16,16]"]).config
-"""The demo's network and steps; as many operations at any size."""
+NETWORK = ["model.base_channels=16", "model.channel_multipliers=[1,2,4]"]
+CONFIG = load_config("demo", [*NETWORK, "training.precision=fp32", "data.size=[16,16,16]"]).config
+"""A small network with the demo's steps; as many operations at any size."""
 
 
 class Launches(TorchDispatchMode):
@@ -73,7 +74,7 @@ def count_sampling(config: Config) -> int:
 
 def count_all() -> dict[str, Any]:
     """As stored."""
-    whole = load_config("demo").config
+    whole = load_config("demo", NETWORK).config
     forward, step = trace_forward(whole, torch.float32), trace_step(whole, torch.float32)
     config = CONFIG.model_copy(update={"training": CONFIG.training.model_copy(update={"global_batch": 1})})
     versions = package_versions()
