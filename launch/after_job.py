@@ -1,6 +1,8 @@
 """After the last rank has ended, in the batch script: `python -m launch.after_job RUN STAGE CODE ...`.
 
-Exits with 0 where the job shall come back. No torch, and no SLURM commands: a container may have none.
+Exits with 0 where the job shall come back. Then the script asks SLURM, and `... --answer CODE TEXT` records what it
+said: nothing is called requeued before it is. No torch, and no SLURM commands: a container may have none. No clock is
+compared with another.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ STACKS = "stacks-of-rank-*.txt"
 """What `hpc_ddpm.training.watchdog` leaves of a hang."""
 ENOUGH = 0.5
 """Of the time limit: who stops in an orderly way after that with nothing to show will not get further next time."""
+MOST_SAID = 500
+"""Characters of SLURM's answer."""
 MISTAKE = (1, 2)
 """A traceback, or a line for the user: the next start would end the same way."""
 
@@ -37,20 +41,39 @@ def main() -> None:
     parser.add_argument("--max-requeues", type=int, required=True)
     parser.add_argument("--max-crashes", type=int, required=True)
     parser.add_argument("--limit-s", type=float, required=True)
+    parser.add_argument("--ran-s", type=float, required=True, help="By a clock that nobody sets.")
+    parser.add_argument("--answer", nargs=2, metavar=("CODE", "TEXT"), help="Of `scontrol requeue`.")
     given = parser.parse_args()
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    event = _answer(given) if given.answer else _end(given)
+    add_event(given.run_dir, task_id(), {"time": time.time()} | event)
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} hpc-ddpm {given.stage}: {event['why']}", flush=True)
+    sys.exit(0 if event.get("comes_back") else 1)
+
+
+def _end(given: argparse.Namespace) -> dict[str, Any]:
+    restarts = _restarts()
+    ends = [event for event in read_events(given.run_dir, task_id()) if event["event"] == "end"]
+    ranks = [end["code"] for end in read_events(given.run_dir, task_id(), "ranks") if end.get("restarts") == restarts]
+    stacks = find_stacks(given.run_dir)
+    is_hang = any(ends[-1].get("stacks", {}).get(name) != stamp for name, stamp in stacks.items()) if ends else stacks
     mark = progress_mark(given.run_dir, given.stage)
-    events, now = read_events(given.run_dir, task_id()), time.time()
-    ends = [event for event in events if event["event"] == "end"]
-    since = ends[-1]["time"] if ends else 0.0
-    began = max((event["time"] for event in events if event["event"] == "start"), default=now)
-    ranks = [end["code"] for end in read_events(given.run_dir, task_id(), kind="ranks") if end["time"] > since]
-    end = End(given.code, mark, tuple(ranks), has_hung(given.run_dir, since), (now - began) / given.limit_s)
+    end = End(given.code, mark, tuple(ranks), bool(is_hang), given.ran_s / given.limit_s)
     comes_back, why = decide(end, ends, restarts, given.max_requeues, given.max_crashes)
-    event = {"event": "end", "time": now, "code": given.code, **end.record, "requeued": comes_back, "why": why}
-    add_event(given.run_dir, task_id(), event)
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} hpc-ddpm {given.stage}: {why}", flush=True)
-    sys.exit(0 if comes_back else 1)
+    facts = {"code": given.code, "ran_s": given.ran_s, "restarts": restarts, "stacks": stacks}
+    return {"event": "end"} | facts | end.record | {"comes_back": comes_back, "why": why}
+
+
+def _answer(given: argparse.Namespace) -> dict[str, Any]:
+    code, text = given.answer
+    said = " ".join(text.split())[:MOST_SAID] or f"exit code {code}"
+    why = f"not requeued: SLURM said: {said}; `hpc-ddpm jobs retry {given.run_dir}` on a login node starts it again"
+    if code == "0":
+        why = f"requeued after {_restarts()} restarts"
+    return {"event": "requeue", "requeued": code == "0", "why": why}
+
+
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 @dataclass(frozen=True)
@@ -89,7 +112,7 @@ class End:
             return f"stopped by {self.agreed_signal}"
         if self.is_hang:
             return f"a rank hung, see {STACKS}"
-        return "ended by a signal before it could save" if self.code in STOPPED else "a rank was lost"
+        return "ended by a signal before it could save" if self.code in STOPPED else "a rank was lost or did not come"
 
 
 def decide(
@@ -119,13 +142,13 @@ def decide(
     if crashes >= max_crashes:
         hint = "; a start needs more time than its limit" if end.agreed_signal else ""
         return False, f"{crashes} starts in a row without progress, the last: {found}; not requeued{hint}"
-    return True, f"{found}, requeued after {restarts} restarts"
+    return True, f"{found}, comes back"
 
 
-def has_hung(run_dir: Path, since: float) -> bool:
-    """A rank that is killed leaves an empty file of stacks."""
-    found = [path.stat() for path in run_dir.glob(STACKS)]
-    return any(file.st_size and file.st_mtime > since for file in found)
+def find_stacks(run_dir: Path) -> dict[str, int]:
+    """What hung ranks left, each with its time stamp; a rank that is killed leaves an empty file."""
+    found = {path.name: path.stat() for path in run_dir.glob(STACKS)}
+    return {name: file.st_mtime_ns for name, file in found.items() if file.st_size}
 
 
 def progress_mark(run_dir: Path, stage: str) -> str:

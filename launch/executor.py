@@ -331,6 +331,7 @@ def _setup(profile: Profile, code: Path) -> list[str]:
     variables = [f"export {name}={shlex.quote(str(value))}" for name, value in profile.environment.items()]
     caches = [f'export {name}="{profile.scratch}/hpc_ddpm-$UID/{name.lower()}"' for name in CACHES]
     return [
+        "read -r began_s _ < /proc/uptime  # of a clock that nobody sets",
         *(f"module load {shlex.quote(name)}" for name in profile.modules),
         *profile.setup,
         *variables,
@@ -344,10 +345,17 @@ def _teardown(request: Request, python: str) -> list[str]:
     """A job that ends by itself within the grace time of a preemption counts as failed: it must requeue itself."""
     profile = request.profile
     limits = f"--max-requeues {profile.max_requeues} --max-crashes {profile.max_crashes} --limit-s {profile.limit_s}"
-    words = f"{shlex.quote(str(request.run_dir.resolve()))} {request.stage} $code {limits}"
+    words = f"{shlex.quote(str(request.run_dir.resolve()))} {request.stage} $code {limits} --ran-s $ran_s"
+    ask = f"{python} -m launch.after_job {words}"
     return [
         "code=$?",
-        f"if {python} -m launch.after_job {words}; then scontrol requeue $SLURM_JOB_ID; fi",
+        "read -r now_s _ < /proc/uptime",
+        "ran_s=$((${now_s%.*} - ${began_s%.*}))",
+        f"if {ask}; then",
+        "  trap '' TERM  # a requeue ends this script too, and what SLURM said is recorded first",
+        "  said=$(scontrol requeue $SLURM_JOB_ID 2>&1)",
+        f'  {ask} --answer $? "$said"',
+        "fi",
         "exit $code",
     ]
 

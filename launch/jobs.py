@@ -45,7 +45,7 @@ class StageJob:
         if ranks.is_main:
             add_event(Path(self.run_dir), task_id(), _start(ranks))
         code = run_command(self.arguments)
-        end = {"event": "end", "time": time.time(), "code": code}
+        end = {"event": "end", "time": time.time(), "code": code, "restarts": _restarts()}
         if ranks.is_main and ranks.started_by != "srun":
             add_event(Path(self.run_dir), task_id(), end)
         if code:
@@ -88,13 +88,16 @@ def _export_local_ranks() -> None:
             env["CUDA_VISIBLE_DEVICES"] = env[VISIBLE_GPUS]
 
 
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
 def _start(ranks: Ranks) -> dict[str, object]:
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
     return {
         "event": "start",
         "time": time.time(),
-        "restarts": restarts,
+        "restarts": _restarts(),
         "nodes": nodes,
         "world_size": ranks.world_size,
     }

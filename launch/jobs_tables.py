@@ -91,7 +91,7 @@ def print_job(facts: Mapping[str, Any]) -> None:
         console.print(f"GPU-h    {spent}")
     for task, state in facts["tasks"].items():
         for event in state["events"]:
-            if event["event"] == "end":
+            if event["event"] != "start":
                 why = event.get("why", f"exit code {event['code']}")
                 console.print(f"{task}  {escape(why)}")
 

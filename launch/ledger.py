@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +24,41 @@ def time_ledger(
 
     Returns:
         `queued` and `running`, summed over array tasks; of `running`, of a training: `computing`, `waiting_for_data`,
-        `saving`, `lost_steps` that were taken again after a loss, and `starting`: loading and ending.
+        `saving`, `lost_steps` that were taken again after a loss, and `starting`: loading and ending. `not_known` is
+        between a start whose end nobody recorded (a lost node) and the next one, running or queued. What clocks that
+        ran backwards have spoilt is not there.
     """
     submissions, live = list(submissions), set(live)
-    queued = running = 0.0
+    ledger = dict.fromkeys(("queued", "running", "not_known"), 0.0)
     for submission in submissions:
         ranks = submission.nodes * submission.ranks_per_node * submission.gpus_per_rank if per_gpu else 1
         for task in submission.task_ids:
-            since, runs = submission.submitted, False
-            for event in submission.events(task):
-                spent, since = ranks * (event["time"] - since), event["time"]
-                queued, running = (queued, running + spent) if runs else (queued + spent, running)
-                runs = event["event"] == "start"
-            if task in live:
-                spent = ranks * (now - since)
-                queued, running = (queued, running + spent) if runs else (queued + spent, running)
-    ledger = {"queued": queued, "running": running}
+            until = now if task in live else None
+            for part, spent in _spans(submission.submitted, submission.events(task), until):
+                ledger[part] += ranks * spent if spent >= 0 else math.nan
     if submissions and submissions[-1].stage == "train":
         run_dir = Path(submissions[-1].run_dir)
         lost = sum(_steps(read_metrics(run_dir, LOST), per_gpu).values())
         steps = _steps(read_metrics(run_dir), per_gpu) | {"lost_steps": lost}
-        ledger |= steps | {"starting": max(0.0, running - sum(steps.values()))}
-    return ledger
+        rest = ledger["running"] - sum(steps.values())
+        ledger |= steps | {"starting": max(0.0, rest) if rest > -1 and not ledger["not_known"] else math.nan}
+    return {part: value for part, value in ledger.items() if not math.isnan(value) and (value or part != "not_known")}
+
+
+def _spans(submitted: float, events: Iterable[Mapping[str, Any]], until: float | None) -> Iterator[tuple[str, float]]:
+    """Of one task, one after the other: what it did and for how long; until now, where it has not ended."""
+    since, runs = submitted, False
+    for event in events:
+        if event["event"] == "requeue":
+            continue
+        spent, since = event["time"] - since, event["time"]
+        if event["event"] == "end":
+            yield "running", event.get("ran_s", spent)
+        else:
+            yield "not_known" if runs else "queued", spent
+        runs = event["event"] == "start"
+    if until is not None:
+        yield "running" if runs else "queued", until - since
 
 
 def _steps(rows: Iterable[Mapping[str, Any]], per_gpu: bool) -> dict[str, float]:

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,9 @@ class JobState:
 
     @property
     def restarts(self) -> int:
-        """Over all tasks."""
-        events = (event for task in self.tasks for event in self.submission.events(task))
-        return sum(event["event"] == "start" and bool(event["restarts"]) for event in events)
+        """Over all tasks; a start that was not recorded is known by the next one."""
+        counts = ([event.get("restarts", 0) for event in self.submission.events(task)] for task in self.tasks)
+        return sum(max(found, default=0) for found in counts)
 
 
 def look(submissions: Iterable[Submission]) -> list[JobState]:
@@ -107,18 +107,25 @@ def _from_records(submission: Submission, task: str, forgotten: str) -> TaskStat
     if is_local and _is_controller_alive(submission):
         return TaskState("RUNNING", format_duration(time.time() - submission.submitted), submission.host)
     events = submission.events(task)
-    is_over = bool(events) and events[-1]["event"] == "end" and not events[-1].get("requeued")
-    if not is_over and not _is_seen_from_here(submission):
+    if not has_ended(events) and not _is_seen_from_here(submission):
         return TaskState(ELSEWHERE, nodes=submission.host)
     if not events:
         return TaskState("FAILED" if is_local else forgotten)
-    last, nodes = events[-1], next((event["nodes"] for event in events if "nodes" in event), "")
-    elapsed = format_duration(last["time"] - submission.submitted)
-    if last["event"] == "start":
+    nodes = next((event["nodes"] for event in events if "nodes" in event), "")
+    elapsed = format_duration(events[-1]["time"] - submission.submitted)
+    last = next((event for event in reversed(events) if event["event"] != "requeue"), events[-1])
+    if last["event"] != "end":
         return TaskState("FAILED" if is_local else forgotten, elapsed, nodes)
     if last["code"] in (128 + signal.SIGTERM, 128 + signal.SIGINT) and is_local:
         return TaskState("CANCELLED", elapsed, nodes)
     return TaskState(DONE if last["code"] == 0 else "FAILED", elapsed, nodes)
+
+
+def has_ended(events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether nothing of a task comes any more, by its events: neither did it ask to come back, nor was it requeued."""
+    if not events or events[-1]["event"] == "start":
+        return False
+    return not (events[-1].get("requeued") or events[-1].get("comes_back"))
 
 
 def _is_seen_from_here(submission: Submission) -> bool:

@@ -75,7 +75,7 @@ class Finisher:
             "versions": package_versions(),
         }
 
-    def finish(self, job: Job, volume: NDArray[np.float32], seconds: float) -> Job | None:
+    def finish(self, job: Job, volume: NDArray[np.float32], seconds: float | None) -> Job | None:
         """Write a volume (C, D, H, W), or mark it as failed; returns the next try where it was rejected.
 
         Raises:
@@ -131,7 +131,7 @@ class Finisher:
         self.fail(job.item, "rejected", f"fidelity {scores} in {len(tries)} tries, {wanted.reject_below} asked for")
         return None
 
-    def _write(self, job: Job, volume: NDArray[np.float32], seconds: float, score: float | None) -> None:
+    def _write(self, job: Job, volume: NDArray[np.float32], seconds: float | None, score: float | None) -> None:
         item, mask = job.item, job.mask
         outputs = write_outputs(self.folder.path, item, volume, mask, self.config, self.scratch)
         record = {
@@ -148,7 +148,7 @@ class Finisher:
             "voxels_sha256": voxels_sha256(volume),
             **outputs,
             **self._made_by,
-            "seconds": round(seconds, 3),
+            **({} if seconds is None else {"seconds": round(seconds, 3)}),
         }
         if mask.changes:
             self.fitted.add(item.mask_id)

@@ -103,7 +103,8 @@ class Pipeline:
         else:
             self._again.append(again)
 
-    def _generate(self, batch: list[Job]) -> list[tuple[Job, np.ndarray, float]]:
+    def _generate(self, batch: list[Job]) -> list[tuple[Job, np.ndarray, float | None]]:
+        """Each with its seconds, which nobody knows of volumes that were computed together."""
         began = time.perf_counter()
         labels, seeds = np.stack([job.mask.labels for job in batch]), [job.seed for job in batch]
         covariates = [job.item.covariates for job in batch]
@@ -113,14 +114,14 @@ class Pipeline:
             for job in batch:
                 job.lease.close()
             raise
-        seconds = (time.perf_counter() - began) / len(batch)
+        seconds = time.perf_counter() - began if len(batch) == 1 else None
         return [(job, volume, seconds) for job, volume in zip(batch, volumes.float().cpu().numpy(), strict=True)]
 
     def _look_up(self, done: int, total: int) -> None:
         if self.is_stopped() and done < total:
             raise _StoppedError
 
-    def _finish(self, job: Job, volume: np.ndarray, seconds: float) -> Job | None:
+    def _finish(self, job: Job, volume: np.ndarray, seconds: float | None) -> Job | None:
         """In a writer's thread. The lease is kept for another try."""
         again = None
         try:

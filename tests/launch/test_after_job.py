@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from launch.after_job import End, decide
+from launch.executor import Request, _setup, _teardown
+from launch.profiles import load_profile
+from launch.records import Submission, add_event, read_events
+from launch.watch import look
+from tests.conftest import REPOSITORY
 
 
 def ended(mark: str, *, is_excused: bool = False, is_orderly: bool = False) -> dict[str, object]:
@@ -27,7 +39,7 @@ def at_limit(mark: str) -> End:
         (End(143, ranks=(2,)), [], 0, False, "failed with exit code 2"),  # srun ended the others, the highest code wins
         (End(143, "a", (143, 143)), [], 9, True, "stopped by SIGTERM"),
         (End(143, "a", (143,), share=0.1), [ended("a", is_excused=True)] * 8, 8, True, "stopped by SIGTERM"),
-        (at_limit("b"), [stopped("a"), stopped("a")], 2, True, "stopped by SIGUSR2, requeued after 2 restarts"),
+        (at_limit("b"), [stopped("a"), stopped("a")], 2, True, "stopped by SIGUSR2, comes back"),
         (at_limit("a"), [stopped("0"), stopped("a"), stopped("a")], 3, True, "stopped by SIGUSR2"),
         (
             at_limit("a"),
@@ -53,3 +65,100 @@ def test_what_comes_back(end: End, ends: list[dict[str, object]], restarts: int,
     found, why = decide(end, ends, restarts, max_requeues=10, max_crashes=3)
     assert found == comes_back
     assert part in why
+
+
+# ------------------------------------------------------------------------------------------- the batch script
+
+
+def end_of_job(
+    run: Path, scontrol: str, code: int = 137, restarts: int = 0, **profile: int
+) -> tuple[list[dict[str, Any]], str]:
+    """What the batch script of a job records and prints when srun has ended, where `scontrol` is this line of shell."""
+    (run / "bin").mkdir(parents=True, exist_ok=True)
+    if scontrol:
+        (run / "bin" / "scontrol").write_text(f"#!/bin/sh\n{scontrol}\n")
+        (run / "bin" / "scontrol").chmod(0o755)
+    settings = load_profile("devcluster").model_copy(update=profile)
+    request = Request("train", ("train",), run, settings)
+    (began, *_), end = _setup(settings, run), _teardown(request, sys.executable)
+    script = "\n".join([began, f"(exit {code})", *end])
+    env = {"PATH": str(run / "bin"), "SLURM_JOB_ID": "7", "PYTHONPATH": str(REPOSITORY)}
+    env |= {"SLURM_RESTART_COUNT": str(restarts)}
+    done = subprocess.run(
+        ["/bin/bash", "-c", script], env=env, capture_output=True, text=True, check=False, start_new_session=True
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    return read_events(run, "7"), done.stdout
+
+
+def state(run: Path) -> str:
+    """As a login node sees it once SLURM has forgotten the job, or a machine without SLURM."""
+    profile = load_profile("devcluster").model_dump(mode="json")
+    (job,) = look([Submission("7", "train", ["train"], str(run), str(run), profile, 0, 1, 2, 100.0, "host", None)])
+    return job.in_words
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", "/nowhere")
+    return tmp_path / "a run"
+
+
+def test_a_requeue_is_recorded_once_slurm_has_done_it(run: Path) -> None:
+    """Which ends the script, too: it records first."""
+    (end, requeue), said = end_of_job(run, "kill -TERM 0; /bin/sleep 0.2; echo $* > $0.asked", restarts=3)
+    assert (run / "bin" / "scontrol.asked").read_text() == "requeue 7\n"
+    assert (end["event"], end["comes_back"], end["restarts"]) == ("end", True, 3)
+    assert end["why"] == "a rank was lost or did not come (exit code 137, at start), comes back"
+    assert 0 <= end["ran_s"] < 600
+    assert (requeue["requeued"], requeue["why"]) == (True, "requeued after 3 restarts")
+    assert "requeued after 3 restarts" in said
+    assert state(run) == "ELSEWHERE"
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "part"),
+    [
+        ("echo 'slurm_requeue error: Access/permission denied' >&2; exit 1", "slurm_requeue error: Access/permission"),
+        ("", "scontrol: command not found"),
+        ("exit 3", "exit code 3"),
+    ],
+)
+def test_a_requeue_that_slurm_refuses_is_not_recorded_as_one(run: Path, scontrol: str, part: str) -> None:
+    (end, requeue), said = end_of_job(run, scontrol)
+    assert end["comes_back"] and not requeue["requeued"]
+    for text in (requeue["why"], said):
+        assert "not requeued: SLURM said: " in text and part in text
+        assert f"`hpc-ddpm jobs retry {run}` on a login node starts it again" in text
+    assert state(run) == "FAILED"
+
+
+def test_what_does_not_come_back_does_not_ask(run: Path) -> None:
+    (end,), _ = end_of_job(run, ": > $0.asked", code=2)
+    assert not end["comes_back"] and not (run / "bin" / "scontrol.asked").exists()
+    assert state(run) == "FAILED"
+
+
+def test_records_from_before_are_read(run: Path) -> None:
+    add_event(run, "7", {"event": "start", "time": 110, "restarts": 0, "nodes": "n1"})
+    add_event(
+        run, "7", {"event": "end", "time": 120, "code": 137, "mark": "start", "is_excused": False, "requeued": True}
+    )
+    assert state(run) == "ELSEWHERE"
+
+
+def test_clocks_of_nodes_need_not_agree(run: Path) -> None:
+    """Ranks and hangs of this start are told from those of earlier ones by what is recorded, not by when."""
+    add_event(run, "7", {"event": "end", "time": 900, "code": 2, "restarts": 0}, kind="ranks")
+    (run / "stacks-of-rank-00001.txt").write_text("somewhere")
+    os.utime(run / "stacks-of-rank-00001.txt", (1, 1))
+    first = end_of_job(run, "exit 0", code=143, restarts=0)[0][0]
+    assert first["why"] == "failed with exit code 2; the log says why"
+    add_event(run, "7", {"event": "end", "time": 5, "code": 140, "restarts": 1}, kind="ranks")
+    assert end_of_job(run, "exit 0", code=143, restarts=1)[0][1]["why"] == "stopped by SIGUSR2, comes back"
+    (run / "stacks-of-rank-00001.txt").write_text("somewhere else")
+    os.utime(run / "stacks-of-rank-00001.txt", (2, 2))
+    third, fourth = (end_of_job(run, "exit 0", code=137, restarts=restarts)[0][-2] for restarts in (2, 3))
+    assert third["why"].startswith("a rank hung, see stacks") and fourth["why"].startswith("a rank was lost")
+    events = [json.dumps(event) for event in read_events(run, "7")]
+    assert len(events) == 7

@@ -141,21 +141,53 @@ def test_ranks_of_another_machine_are_left_to_it(tmp_path: Path) -> None:
 
 
 def test_where_the_time_went(tmp_path: Path) -> None:
-    """Queued 10 s, ran 30 s; the node was lost and it ran 20 s more; queued 5 s, runs for 15 s."""
-    for kind, time in (("start", 110), ("start", 140), ("end", 160), ("start", 165)):
+    """Queued 10 s, ran 20 s, queued 5 s, runs for 15 s."""
+    for kind, time in (("start", 110), ("end", 130), ("requeue", 131), ("start", 135)):
         add_event(tmp_path, "7", {"event": kind, "time": time, "restarts": 0})
     rows = [{"step": 1}, {"step": 2, "step_time_s": 10.0, "data_wait_share": 0.25, "checkpoint_stall_s": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (tmp_path / "lost.jsonl").write_text(json.dumps({"step": 2, "step_time_s": 3.0, "data_wait_share": 0}) + "\n")
-    assert time_ledger([submission(tmp_path)], ["7"], now=180.0) == {
-        "queued": 15,
-        "running": 65,
-        "computing": 14,
-        "waiting_for_data": 5,
-        "saving": 1,
-        "lost_steps": 3,
-        "starting": 42,
-    }
+    steps = {"computing": 14, "waiting_for_data": 5, "saving": 1, "lost_steps": 3}
+    assert (
+        time_ledger([submission(tmp_path)], ["7"], now=150.0)
+        == {
+            "queued": 15,
+            "running": 35,
+            "starting": 12,
+        }
+        | steps
+    )
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        # a lost node: it ran for a part of 30 s, then waited
+        ([("start", 110, {}), ("start", 140, {}), ("end", 160, {})], {"queued": 10, "running": 20, "not_known": 30}),
+        # the clock of the node was set back by an hour: the batch script has measured by another one
+        ([("start", 3710, {}), ("end", 130, {"ran_s": 20})], {"queued": 3610, "running": 20, "starting": 20}),
+        # it is an hour behind that of the login node
+        ([("start", -3490, {}), ("end", -3470, {"ran_s": 20})], {"running": 20, "starting": 20}),
+        # nothing has measured
+        ([("start", 3710, {}), ("end", 130, {})], {"queued": 3610}),
+    ],
+)
+def test_time_that_nobody_measured_is_not_invented(
+    tmp_path: Path, events: list[tuple[str, float, dict[str, float]]], expected: dict[str, float]
+) -> None:
+    for kind, time, more in events:
+        add_event(tmp_path, "7", {"event": kind, "time": time, "restarts": 0} | more)
+    found = time_ledger([submission(tmp_path)], [], now=1e9)
+    steps = dict.fromkeys(("computing", "waiting_for_data", "saving", "lost_steps"), 0.0)
+    assert found == steps | expected
+
+
+def test_restarts_whose_starts_were_not_recorded_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for restarts in (0, 3):
+        add_event(tmp_path, "7", {"event": "start", "time": 110, "restarts": restarts, "nodes": "n1"})
+    (job,) = look([submission(tmp_path)])
+    assert job.restarts == 3
 
 
 def test_gpu_hours_count_the_gpus_of_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

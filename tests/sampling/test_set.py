@@ -83,6 +83,8 @@ def test_inexact_batches_stay_close(generate_set: Generate, tmp_path: Path) -> N
     for name in voxels(tmp_path / "one"):
         one, batch = (read_nifti(tmp_path / kind / "t1" / f"{name}.nii.gz").data for kind in ("one", "batch"))
         np.testing.assert_allclose(one, batch, atol=5e-4)
+    timed = [["seconds" in record for record in sidecars(tmp_path / kind).values()] for kind in ("one", "batch")]
+    assert all(timed[0]) and not any(timed[1])  # nobody knows which of a batch took how long
 
 
 def test_the_sidecar_says_how_it_was_made(generate_set: Generate, weights: Path, tmp_path: Path) -> None:

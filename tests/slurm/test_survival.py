@@ -132,6 +132,9 @@ def test_it_ends_as_if_nothing_had_been(cluster: Cluster, runs: Runs, alone: Pat
     assert case.why in said
     assert "trained to step 40 (went on from step" in said
     assert losses(out) == pytest.approx(losses(alone), rel=ROUNDING)
+    asked = [event for event in events if event.get("comes_back")]
+    assert [event["requeued"] for event in events if event["event"] == "requeue"] == [True] * len(asked)
+    assert bool(asked) == bool(case.why)
     if name == "hanging rank":
         assert "nothing was done in the 10 s (training.hang_timeout_s) after step" in said
 
@@ -151,3 +154,40 @@ def test_a_crash_loop_ends_with_the_reason(cluster: Cluster, tiny_packed: Path, 
     said = cluster.run("hpc-ddpm", "jobs", "logs", "-f", out, timeout_s=300)
     assert "2 starts in a row without progress, the last: " in said
     assert (shown(cluster, out)["state"], cluster.job(job)["Restarts"]) == ("FAILED", "1")
+
+
+def test_what_slurm_does_not_requeue_is_not_called_so(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["--out", out, "--data", tiny_packed, *STEPS, "training.num_steps=100000"]
+    job = submitted(cluster, "train", "--cluster", "devcluster", *words)
+    wait_for(lambda: bool(losses(out)), lambda: str(shown(cluster, out)))
+    cluster.run("scontrol", "update", f"JobId={job}", "Requeue=0")
+    os.kill(cluster.ranks(job)[0], signal.SIGKILL)
+    cluster.run("hpc-ddpm", "jobs", "logs", "-f", out, timeout_s=300)
+    assert (shown(cluster, out)["state"], cluster.job(job)["Restarts"]) == ("FAILED", "0")
+    assert f"not requeued: SLURM said: Requested operation is presently disabled for job {job}" in cluster.run(
+        "hpc-ddpm", "jobs", "show", out
+    )
+
+
+def test_preempted_tasks_of_an_array_come_back(
+    cluster: Cluster, alone: Path, sampled_alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    """They give back the volumes that they had begun."""
+    out, profile = tmp_path / "out", tmp_path / "scavenge.yaml"
+    base = yaml.safe_load(list_profiles()["devcluster"].read_text())
+    profile.write_text(yaml.safe_dump(base | {"partition": "scavenge"}))
+    words = [alone, "--out", out, "sampling.replicas=2"]
+    job = submitted(cluster, "sample", "--cluster", profile, "--tasks", "2", *words)
+    tasks = [f"{job}_0", f"{job}_1"]
+    ids = {task: cluster.job(task)["JobId"] for task in tasks}
+    wait_for(lambda: all(cluster.ranks(ids[task]) for task in tasks), lambda: str(shown(cluster, out)))
+    cluster.attempt("scancel", "--signal=STOP", job)  # so that they do not end in the meantime
+    wait_for(lambda: all(cluster.are_stopped(ids[task]) for task in tasks), lambda: str(shown(cluster, out)))
+    first = cluster.sbatch("-N4", "--exclusive", "--gpus-per-node=2", "--wrap=true", cwd=tmp_path)
+    cluster.run("hpc-ddpm", "jobs", "wait", out, timeout_s=500)
+    cluster.wait(first, tmp_path)
+    facts = shown(cluster, out)
+    assert facts["restarts"] == 2
+    assert files(out, "t1/*.nii.gz") == sampled_alone
+    assert not (out / ".sample").exists()
