@@ -8,16 +8,17 @@ RUN/jobs/TASK_RANK_log.out  what a rank printed, over all restarts
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hpc_ddpm.errors import ClusterError
 from hpc_ddpm.files import write_json, writing_to
+from hpc_ddpm.workers.sole import sole_owner
 
 FOLDER = "jobs"
 GPU_STAGES = ("train", "sample", "bench")
@@ -133,9 +134,9 @@ def submitting(run_dir: Path) -> Iterator[None]:
     folder = run_dir / FOLDER
     with writing_to(run_dir):
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ClusterError(f"{run_dir}: another `hpc-ddpm submit` is at work on it; wait a moment") from None
+        with sole_owner(folder / ".submitting", "submit", partial(_refusal, run_dir)):
             yield
+
+
+def _refusal(run_dir: Path, holder: str) -> str:
+    return f"{run_dir}: another `hpc-ddpm submit` is at work on it ({holder}); wait a moment"

@@ -112,7 +112,8 @@ def _from_records(submission: Submission, task: str, forgotten: str) -> TaskStat
     if not events:
         return TaskState("FAILED" if is_local else forgotten)
     nodes = next((event["nodes"] for event in events if "nodes" in event), "")
-    elapsed = format_duration(events[-1]["time"] - submission.submitted)
+    seconds = events[-1]["time"] - submission.submitted
+    elapsed = format_duration(seconds) if seconds >= 0 else ""  # of clocks that do not agree
     last = next((event for event in reversed(events) if event["event"] != "requeue"), events[-1])
     if last["event"] != "end":
         return TaskState("FAILED" if is_local else forgotten, elapsed, nodes)

@@ -4,21 +4,19 @@
     <SHA-256>.h5            a shard; complete when it exists
     packed-<hash>/          index.json, and links to its shards: an ordinary packed dataset; delete a link that leads to
                             a damaged shard, and it is copied again
-    lock                    held by the process that copies; the system releases it when that process ends
+    .copying/               while a process copies: `hpc_ddpm.workers`
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,11 +26,13 @@ from hpc_ddpm.data.pool import Progress
 from hpc_ddpm.data.shards import INDEX, Index, ShardEntry, open_packed, read_index, write_index
 from hpc_ddpm.errors import ClusterError, ConfigError, DataFormatError
 from hpc_ddpm.files import atomic_path, private_folder, writing_to
+from hpc_ddpm.workers.claims import Writer, visiting
 
 GIB = 2**30
 BLOCK_BYTES = 2**24
 COPIES_AT_ONCE = 4
 WAIT_S = 0.2
+STATE = ".copying"
 
 
 def stage(data: DataConfig, progress: Progress = lambda done, total: None) -> Path:
@@ -58,15 +58,22 @@ def stage(data: DataConfig, progress: Progress = lambda done, total: None) -> Pa
     target = folder / f"packed-{sha256(content).hexdigest()[:16]}"
     with writing_to(folder, "data.stage_dir"):
         private_folder(folder)
-        while not _is_whole(target, index):
-            with _lock(folder) as is_ours:
-                if is_ours:
-                    _copy_missing(source, target, index, progress)
-                    _assemble(target, index)
-            if not is_ours:
-                progress(len(index.shards) - len(_missing(target, index)), len(index.shards))
-                time.sleep(WAIT_S)
+        if not _is_whole(target, index):
+            with visiting(folder / STATE, "stage") as writer:
+                _fill(source, target, index, writer, progress)
     return target
+
+
+def _fill(source: Path, target: Path, index: Index, writer: Writer, progress: Progress) -> None:
+    """Copy what is missing, or wait for another process that does."""
+    while not _is_whole(target, index):
+        with writer.claim("copies") as is_ours:
+            if is_ours:
+                _copy_missing(source, target, index, progress)
+                _assemble(target, index)
+        if not is_ours:
+            progress(len(index.shards) - len(_missing(target, index)), len(index.shards))
+            time.sleep(WAIT_S)
 
 
 def expand(stage_dir: str) -> Path:
@@ -82,22 +89,6 @@ def expand(stage_dir: str) -> Path:
                 "name a node-local folder, or leave data.stage_dir empty"
             )
     return Path(os.path.expandvars(stage_dir)).absolute()
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Whether this process is the one that copies into `folder`, until the end of the block."""
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            raise ClusterError(
-                f"{folder}: no file locks here ({error.strerror}); data.stage_dir must be a node-local folder"
-            ) from None
-        yield True
 
 
 def _is_whole(target: Path, index: Index) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -132,15 +131,11 @@ def _open_run(run_dir: Path, wanted: Config, ranks: Ranks, stack: ExitStack) -> 
         return None
     with writing_to(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        return stack.enter_context(sole_owner(run_dir / STATE, "train", partial(_refusal, run_dir), _note))
+        return stack.enter_context(sole_owner(run_dir / STATE, "train", partial(_refusal, run_dir)))
 
 
 def _refusal(run_dir: Path, holder: str) -> str:
     return f"{run_dir}: {holder} trains here already; wait for it, end it, or choose another --out"
-
-
-def _note(line: str) -> None:
-    print(f"hpc-ddpm: note: {line}", file=sys.stderr, flush=True)
 
 
 def free_engine(device: torch.device) -> None:

@@ -48,6 +48,7 @@ class Writer:
         self._thread = threading.Thread(target=self._keep_beating, daemon=True)
 
     def __enter__(self) -> Writer:
+        self.state.mkdir(parents=True, exist_ok=True)
         while not self._join():
             pass
         self._bury(self._folders())
@@ -60,7 +61,8 @@ class Writer:
     def _join(self) -> bool:
         """Appear among the writers, at once; False where the last of them has just cleared away."""
         begin = self.state / f".{self.name}"
-        begin.mkdir(parents=True, exist_ok=True)
+        for folder in (self.state, begin):  # not with their parents: what was moved away must not come back
+            folder.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
             self.owner.write(begin)
             self.scratch.parent.mkdir(exist_ok=True)
@@ -200,6 +202,18 @@ class Writer:
             os.utime(self.scratch / RECORD)
         except FileNotFoundError:  # others took this writer for dead
             self._join()
+
+
+@contextmanager
+def visiting(state: Path, purpose: str) -> Iterator[Writer]:
+    """A writer, after which nothing is left of the folder, unless another has joined."""
+    writer = Writer(state, purpose)
+    try:
+        with writer:
+            yield writer
+    finally:
+        if writer.leave():
+            writer.clear_away()
 
 
 def look_at_claims(state: Path) -> tuple[list[Owner], set[str]]:

@@ -5,17 +5,22 @@ This is how the whole project locks. `flock` is not used: network file systems a
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hpc_ddpm.errors import ClusterError
-from hpc_ddpm.workers.claims import Writer
+from hpc_ddpm.workers.claims import Writer, visiting
 from hpc_ddpm.workers.owner import LEASE_S
 
 UNIT = "all"
 WAIT_S = 0.5
+
+
+def _note(line: str) -> None:
+    print(f"hpc-ddpm: note: {line}", file=sys.stderr, flush=True)
 
 
 class Sole:
@@ -32,7 +37,7 @@ class Sole:
             ClusterError: another process did, because this one was silent for too long.
         """
         name = self._writer.claimant(UNIT)
-        if name != self._writer.name:
+        if name != self._writer.name and self._writer.state.parent.exists():  # else whoever writes there will say so
             pulse = self._writer.look(name) if name else None
             raise ClusterError(self._refuse(str(pulse.owner) if pulse else "another process"))
 
@@ -44,7 +49,7 @@ class Sole:
 
 @contextmanager
 def sole_owner(
-    state: Path, purpose: str, refuse: Callable[[str], str], say: Callable[[str], None] = lambda line: None
+    state: Path, purpose: str, refuse: Callable[[str], str], say: Callable[[str], None] = _note
 ) -> Iterator[Sole]:
     """Have the folder `state` for this process alone until the end of the block; nothing is left of it then.
 
@@ -59,13 +64,8 @@ def sole_owner(
     Raises:
         ClusterError: another process has it.
     """
-    writer = Writer(state, purpose)
-    try:
-        with writer, _claimed(writer, refuse, say):
-            yield Sole(writer, refuse)
-    finally:
-        if writer.leave():
-            writer.clear_away()
+    with visiting(state, purpose) as writer, _claimed(writer, refuse, say):
+        yield Sole(writer, refuse)
 
 
 @contextmanager

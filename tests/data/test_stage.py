@@ -199,7 +199,7 @@ def test_of_several_processes_one_copies(data: DataConfig, tmp_path: Path) -> No
 def test_a_killed_copier_is_taken_over(data: DataConfig, tmp_path: Path) -> None:
     process = start(data, 60)
     folder = staging.expand(data.stage_dir) / f"hpc_ddpm-{os.getuid()}"
-    while not (folder / "lock").exists():
+    while not (folder / ".copying" / "claims" / "copies").is_symlink():
         time.sleep(0.02)
         assert process.poll() is None
     (folder / ".half.h5.tmp").write_bytes(b"half")

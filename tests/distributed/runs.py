@@ -1,6 +1,7 @@
 """Runs several trainings in one process group: `torchrun … runs.py PLAN.json`; each is {run, overrides, preset, harm}.
 
-`harm` spoils the micro steps of one rank: {kind: loss | gradient, rank, steps}, steps counted as they are executed.
+`harm` spoils the micro steps of one rank: {kind: loss | gradient, rank, steps}, steps counted as they are executed;
+with `micro_step`, counted from 0, only this one of each of them.
 """
 
 import json
@@ -31,16 +32,17 @@ TRAINING_LOSS, ADVANCE = loop.training_loss, loop.advance
 
 def spoil(harm: dict[str, Any], rank: int) -> None:
     """From now on, the steps of `harm` have a loss, or only gradients, that are not finite."""
-    executed = 0
+    executed = micro_steps = 0
 
     def advance(*arguments: Any) -> None:
-        nonlocal executed
-        executed += 1
+        nonlocal executed, micro_steps
+        executed, micro_steps = executed + 1, 0
         ADVANCE(*arguments)
 
     def training_loss(*arguments: Any) -> torch.Tensor:
-        loss = TRAINING_LOSS(*arguments)
-        if rank != harm["rank"] or executed not in harm["steps"]:
+        nonlocal micro_steps
+        loss, micro_step, micro_steps = TRAINING_LOSS(*arguments), micro_steps, micro_steps + 1
+        if rank != harm["rank"] or executed not in harm["steps"] or harm.get("micro_step", micro_step) != micro_step:
             return loss
         if harm["kind"] == "loss":
             return loss + math.inf  # its gradients are finite

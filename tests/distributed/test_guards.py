@@ -88,6 +88,23 @@ def test_a_bad_step_moves_nothing(torchrun: Torchrun, tiny_packed: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("micro_step", [0, 1])
+def test_one_micro_step_of_one_rank_spoils_the_step_on_all(
+    torchrun: Torchrun, tiny_packed: Path, tmp_path: Path, micro_step: int
+) -> None:
+    """The step is skipped, whichever of its two micro steps it was, and the next one counts."""
+    ways = ["fp32-0", "fp32-1", "fp32-2", "fp32-3"]
+    harm = {"kind": "gradient", "rank": 1, "steps": [3], "micro_step": micro_step}
+    steps = ["training.num_steps=4", "training.checkpoint_every_steps=1", "training.keep_checkpoints=4"]
+    run_spoilt(torchrun, tiny_packed, {tmp_path / way: ([*WAYS[way], *steps], harm) for way in ways})
+    for run in (tmp_path / way for way in ways):
+        saved = [read_manifest(run / f"checkpoints/step_{step:08d}")["optimizer_step"] for step in (2, 4)]
+        assert saved == [2, 3], run.name
+        assert [row["skipped_steps"] for row in read_metrics(run)] == [0, 0, 1, 0], run.name
+        assert all(tensor.isfinite().all() for tensor in state(run, 4).values()), run.name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_roll_back_gives_the_engine_back_first(
     tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int

@@ -17,7 +17,7 @@ import yaml
 
 from launch.profiles import list_profiles
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.runs import ROUNDING, STEPS, losses, shown, submitted
+from tests.slurm.runs import ROUNDING, STEPS, files, losses, shown, submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpc_ddpm.errors import ClusterError
-from hpc_ddpm.workers import owner
+from hpc_ddpm.workers import claims, owner
 from hpc_ddpm.workers.owner import Owner, this_process
 from hpc_ddpm.workers.sole import UNIT, sole_owner
 from tests.conftest import Stranger
@@ -91,3 +91,16 @@ def test_who_was_taken_for_dead_hears_of_it(state: Path) -> None:
             first._writer.lost.add(UNIT)
             with pytest.raises(ClusterError, match=r"process \d+ on .* has it"):
                 first.check_quickly()
+
+
+def test_a_folder_that_was_moved_away_does_not_come_back(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is its loss blamed on others."""
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.02)
+    with sole_owner(state, "train", refuse) as sole:
+        state.parent.rename(state.parent.with_name("elsewhere"))
+        deadline = time.monotonic() + 20
+        while UNIT not in sole._writer.lost and time.monotonic() < deadline:
+            time.sleep(0.02)
+        sole.check_quickly()
+        sole.check()
+    assert not state.parent.exists()
