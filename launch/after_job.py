@@ -146,7 +146,7 @@ def decide(
 
 
 def find_stacks(run_dir: Path) -> dict[str, int]:
-    """What hung ranks left, each with its time stamp; a rank that is killed leaves an empty file."""
+    """What hung ranks left, each with its time stamp; older versions left empty files of killed ranks."""
     found = {path.name: path.stat() for path in run_dir.glob(STACKS)}
     return {name: file.st_mtime_ns for name, file in found.items() if file.st_size}
 

@@ -6,14 +6,16 @@ import faulthandler
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from hpc_ddpm.distributed import TIMEOUT_S
 from hpc_ddpm.errors import LostRankError
 
 STACKS = "stacks-of-rank-{:05d}.txt"
-"""In the run directory: where each thread of a rank stood when it hung."""
+"""In the run directory: where each thread of a rank stood when it hung. It is not there before."""
 TICK_S = 0.5
+STANDARD_ERROR = 2
 GRACE_S = 3.0
 """Between writing the stacks and the end, which may bring the other ranks down: theirs shall be written too."""
 
@@ -23,7 +25,7 @@ class Watchdog:
 
     Until the first call, which comes after loading and compiling, it is half an hour at least. Where one rank hangs,
     the others wait for it, so all of them end. Time in which the process is stopped does not count. A rank that holds
-    the interpreter's lock cannot end itself, but its stacks are written.
+    the interpreter's lock, or cannot write to the run directory, has its stacks on standard error.
     """
 
     def __init__(self, run_dir: Path, rank: int, timeout_s: float) -> None:
@@ -35,9 +37,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w", encoding="utf-8")
-        faulthandler.dump_traceback_later(self._limit_s, file=self._file)
+        self._arm()
         self._thread.start()
         return self
 
@@ -45,20 +45,30 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._is_over.set()
         self._thread.join()
-        if not os.fstat(self._file.fileno()).st_size:
-            self.path.unlink(missing_ok=True)
-        self._file.close()
 
     def beat(self, after: str) -> None:
         """Something is done: a step, a validation, a save."""
         self._limit_s, self._after, self._idle_s = self.timeout_s, after, 0.0
-        faulthandler.dump_traceback_later(self.timeout_s, file=self._file)
+        self._arm()
+
+    def _arm(self) -> None:
+        """A timer that needs no interpreter's lock, for where `_write_stacks` does not come to its end."""
+        faulthandler.dump_traceback_later(self._limit_s + GRACE_S / 2, file=STANDARD_ERROR)
 
     def _watch(self) -> None:
         while not self._is_over.wait(TICK_S):
-            self._idle_s += TICK_S
+            was_idle_s, self._idle_s = self._idle_s, self._idle_s + TICK_S
+            if was_idle_s < self._limit_s <= self._idle_s:  # in a thread: storage that hangs must not keep it alive
+                threading.Thread(target=self._write_stacks, daemon=True).start()
             if self._idle_s >= self._limit_s + GRACE_S:
                 found = f"nothing was done in the {self._limit_s:g} s (training.hang_timeout_s) after {self._after}"
                 where = f"so this rank or another one hangs; where it stands: {self.path}"
                 print(f"hpc-ddpm: rank {self.rank}: {found}, {where}", file=sys.stderr, flush=True)
                 os._exit(LostRankError.exit_code)
+
+    def _write_stacks(self) -> None:
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file)
+            faulthandler.cancel_dump_traceback_later()

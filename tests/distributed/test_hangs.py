@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,3 +43,45 @@ def test_a_killed_rank_is_named_by_the_others(fork: Callable[..., Fork], tiny_pa
     (line,) = stderr_of(run, 0).read_text().splitlines()
     assert line.startswith("hpc-ddpm: another rank died or hangs (Connection ")
     assert not find_stacks(run)
+
+
+RANK = """
+import ctypes, os, signal, sys, time
+from pathlib import Path
+from hpc_ddpm.training.watchdog import Watchdog
+
+def hang(how):
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sleep = ctypes.PyDLL(None).sleep if how == "locked" else time.sleep
+    sleep(60 if how != "locked" else 6)
+
+with Watchdog(Path(sys.argv[1]), 0, 1.0) as watchdog:
+    watchdog.beat("step 1")
+    hang(sys.argv[2])
+"""
+"""`locked` holds the interpreter's lock, so that no other thread of this process runs."""
+
+
+def test_stacks_are_written_when_a_rank_hangs_and_not_before(tmp_path: Path) -> None:
+    (tmp_path / "no_folder").touch()
+    places = {"killed": "killed", "waits": "waits", "locked": "locked", "lost disk": "no_folder"}
+    ranks = {
+        how: subprocess.Popen([sys.executable, "-c", RANK, tmp_path / place, how], stderr=subprocess.PIPE, text=True)
+        for how, place in places.items()
+    }
+    said = {how: rank.communicate(timeout=60)[1] for how, rank in ranks.items()}
+    assert {how: rank.returncode for how, rank in ranks.items() if how != "locked"} == {
+        "killed": -signal.SIGKILL,
+        "waits": 75,
+        "lost disk": 75,
+    }
+    assert "in hang" in (tmp_path / "waits" / "stacks-of-rank-00000.txt").read_text()
+    assert {how: "in hang" in text for how, text in said.items()} == {
+        "killed": False,
+        "waits": False,
+        "locked": True,
+        "lost disk": True,
+    }
+    assert not [path for path in tmp_path.rglob("stacks-*") if path.stat().st_size == 0]
+    assert not (tmp_path / "killed").exists()
