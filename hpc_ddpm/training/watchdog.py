@@ -37,6 +37,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        if self.rank == 0:
+            self._keep_earlier_stacks()
         self._arm()
         self._thread.start()
         return self
@@ -50,6 +52,12 @@ class Watchdog:
         """Something is done: a step, a validation, a save."""
         self._limit_s, self._after, self._idle_s = self.timeout_s, after, 0.0
         self._arm()
+
+    def _keep_earlier_stacks(self) -> None:
+        """Of another start, also of ranks that are no more: they say nothing of this one."""
+        for path in self.path.parent.glob(STACKS.replace("{:05d}", "*")):
+            with suppress(OSError):
+                path.replace(path.with_name(f"previous-{path.name}"))
 
     def _arm(self) -> None:
         """A timer that needs no interpreter's lock, for where `_write_stacks` does not come to its end."""

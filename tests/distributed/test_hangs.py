@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_ddpm.training.watchdog import Watchdog
 from launch.after_job import find_stacks
 from tests.distributed.test_kills import finish, start, stderr_of, wait_for_progress
 from tests.forks import Fork
@@ -85,3 +86,6 @@ def test_stacks_are_written_when_a_rank_hangs_and_not_before(tmp_path: Path) -> 
     }
     assert not [path for path in tmp_path.rglob("stacks-*") if path.stat().st_size == 0]
     assert not (tmp_path / "killed").exists()
+    with Watchdog(tmp_path / "waits", 0, 1000.0):  # the next start: what is there does not speak of it
+        assert not find_stacks(tmp_path / "waits")
+        assert (tmp_path / "waits" / "previous-stacks-of-rank-00000.txt").stat().st_size
