@@ -1,18 +1,22 @@
 """Runs several trainings in one process group: `torchrun … runs.py PLAN.json`; each is {run, overrides, preset, harm}.
 
-`harm` spoils the micro steps of one rank: {kind: loss | gradient, rank, steps}, steps counted as they are executed;
-with `micro_step`, counted from 0, only this one of each of them.
+`harm` spoils the micro steps of one rank: {kind, rank, steps}, steps counted as they are executed. `loss` and
+`gradient` are not finite; `lost`, `weight` and `noise` are wrong: no gradient, 1.1 times the rank's weight in the mean of
+the gradients, noise that is not the sample's. With `micro_step`, counted from 0, only this one of each step.
 """
 
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hpc_ddpm.config import load_config
+from hpc_ddpm.diffusion.gaussian import Model, TrainingDraw
 from hpc_ddpm.distributed import detect_ranks, process_group
 from hpc_ddpm.errors import TrainingError
 from hpc_ddpm.training import engine, loop
@@ -31,7 +35,7 @@ TRAINING_LOSS, ADVANCE = loop.training_loss, loop.advance
 
 
 def spoil(harm: dict[str, Any], rank: int) -> None:
-    """From now on, the steps of `harm` have a loss, or only gradients, that are not finite."""
+    """From now on, the steps of `harm` go wrong."""
     executed = micro_steps = 0
 
     def advance(*arguments: Any) -> None:
@@ -39,14 +43,18 @@ def spoil(harm: dict[str, Any], rank: int) -> None:
         executed, micro_steps = executed + 1, 0
         ADVANCE(*arguments)
 
-    def training_loss(*arguments: Any) -> torch.Tensor:
+    def training_loss(model: Model, x: Tensor, condition: Tensor, draw: TrainingDraw, *arguments: Any) -> Tensor:
         nonlocal micro_steps
-        loss, micro_step, micro_steps = TRAINING_LOSS(*arguments), micro_steps, micro_steps + 1
-        if rank != harm["rank"] or executed not in harm["steps"] or harm.get("micro_step", micro_step) != micro_step:
-            return loss
-        if harm["kind"] == "loss":
+        micro_step, micro_steps = micro_steps, micro_steps + 1
+        is_due = rank == harm["rank"] and executed in harm["steps"] and harm.get("micro_step", micro_step) == micro_step
+        if is_due and harm["kind"] == "noise":
+            draw = replace(draw, noise=draw.noise.flip(-1))
+        loss = TRAINING_LOSS(model, x, condition, draw, *arguments)
+        if is_due and harm["kind"] == "loss":
             return loss + math.inf  # its gradients are finite
-        loss.register_hook(lambda gradient: gradient * math.nan)
+        if is_due:
+            factor = {"gradient": math.nan, "lost": 0.0, "weight": 1.1, "noise": 1.0}[harm["kind"]]
+            loss.register_hook(lambda gradient: gradient * factor)
         return loss
 
     loop.training_loss, loop.advance = training_loss, advance

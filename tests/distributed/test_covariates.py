@@ -15,10 +15,11 @@ from hpc_ddpm.data.phantom import write_phantoms
 from hpc_ddpm.runlog import read_metrics
 from hpc_ddpm.sampling.verify import verify_set
 from tests.conftest import TINY
-from tests.distributed.test_training import Torchrun, losses, run_all
+from tests.distributed.test_training import ROUNDING, Torchrun, losses, run_all
 
 COVARIATES = "data.covariates={age: {mean: 50, std: 15}, sex: {values: [F, M]}}"
 LOOK = [
+    "training.learning_rate=1e-3",
     "training.validate_every_steps=3",
     "training.preview_every_steps=6",
     "diffusion.condition_dropout=0.2",
@@ -46,11 +47,11 @@ def test_train_resume_fine_tune_and_sample(
     run_all(torchrun, 2, {three: sharded, crops: [*known, "data.patch_size=[16,16,16]"]}, packed)
     assert losses(one)[:3] == losses(plain)[:3], "covariates have an effect before anything was learnt"
     for other in (plain, young):
-        assert losses(one)[3:] != pytest.approx(losses(other)[3:], rel=1e-4), "covariates do not matter"
+        assert losses(one)[3:] != pytest.approx(losses(other)[3:], rel=10 * ROUNDING), "covariates do not matter"
     for run in (three, crops):
-        assert losses(run) == pytest.approx(losses(one), rel=1e-5)
+        assert losses(run) == pytest.approx(losses(one), rel=ROUNDING)
         mine, theirs = (list(read_metrics(other))[-1]["val_loss"] for other in (run, one))
-        assert mine == pytest.approx(theirs, rel=1e-4)
+        assert mine == pytest.approx(theirs, rel=ROUNDING)
     assert json.loads((tuned / "start.json").read_text())["covariates"]["new"] == ["age", "sex"]
 
     guided = ["sampling.guidance_scale=2", "--covariate", "age=80", "--split", "val"]

@@ -6,11 +6,12 @@ from typing import Any
 
 from hpc_ddpm.runlog import read_metrics
 from tests.conftest import TINY
+from tests.distributed.test_training import SMOOTH
 from tests.slurm.cluster import Cluster
 
-STEPS = [*TINY, "training.num_steps=40", "training.checkpoint_every_steps=5", "training.learning_rate=1e-4"]
+STEPS = [*TINY, *SMOOTH, "training.num_steps=40", "training.checkpoint_every_steps=5"]
 ROUNDING = 1e-5
-"""Relative, fp32; the small learning rate keeps it from growing over the steps."""
+"""Relative, fp32, over 40 steps."""
 
 
 def losses(run: Path) -> list[float]:
