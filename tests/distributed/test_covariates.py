@@ -47,7 +47,7 @@ def test_train_resume_fine_tune_and_sample(
     run_all(torchrun, 2, {three: sharded, crops: [*known, "data.patch_size=[16,16,16]"]}, packed)
     assert losses(one)[:3] == losses(plain)[:3], "covariates have an effect before anything was learnt"
     for other in (plain, young):
-        assert losses(one)[3:] != pytest.approx(losses(other)[3:], rel=10 * ROUNDING), "covariates do not matter"
+        assert losses(one)[3:] != pytest.approx(losses(other)[3:], rel=ROUNDING), "covariates do not matter"
     for run in (three, crops):
         assert losses(run) == pytest.approx(losses(one), rel=ROUNDING)
         mine, theirs = (list(read_metrics(other))[-1]["val_loss"] for other in (run, one))
