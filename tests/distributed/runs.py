@@ -1,8 +1,8 @@
 """Runs several trainings in one process group: `torchrun … runs.py PLAN.json`; each is {run, overrides, preset, harm}.
 
 `harm` spoils the micro steps of one rank: {kind, rank, steps}, steps counted as they are executed. `loss` and
-`gradient` are not finite; `lost`, `weight` and `noise` are wrong: no gradient, 1.1 times the rank's weight in the mean of
-the gradients, noise that is not the sample's. With `micro_step`, counted from 0, only this one of each step.
+`gradient` are not finite; `lost`, `weight` and `noise` are wrong: no gradient, 1.1 times the rank's weight in the mean
+of the gradients, noise that is not the sample's. With `micro_step`, counted from 0, only this one of each step.
 """
 
 import json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -129,9 +130,12 @@ def test_checkpoint_is_the_same_at_any_world_size_and_stage(curves: Path, num_ra
 
 @pytest.mark.slow
 def test_wrong_gradients_are_no_rounding(curves: Path, torchrun: Torchrun, tiny_packed: Path, tmp_path: Path) -> None:
-    """One of the two micro steps of rank 1 in one step goes wrong: it is lost, weighs too much, or has other noise."""
-    jobs = {tmp_path / f"{kind}-{way}": WAYS[way] for kind in ("lost", "weight", "noise") for way in ("0", "3")}
-    harms = {run: {"kind": run.name.split("-")[0], "rank": 1, "steps": [3], "micro_step": 0} for run in jobs}
+    """One step of rank 1 goes wrong: one of its two micro steps is lost, it weighs too much, or has other noise."""
+    kinds: dict[str, dict[str, Any]] = {"lost": {"micro_step": 0}, "weight": {}, "noise": {}}
+    jobs, harms = {}, {}
+    for kind, way in itertools.product(kinds, ("0", "3")):
+        jobs[run := tmp_path / f"{kind}-{way}"] = WAYS[way]
+        harms[run] = {"kind": kind, "rank": 1, "steps": [3], **kinds[kind]}
     run_all(torchrun, 2, jobs, tiny_packed, harms)
     reference = curves / "1-0"
     for run in jobs:
