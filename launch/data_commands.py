@@ -72,6 +72,8 @@ def check(
         print_json(result.to_json())
     else:
         print_findings(f"{len(result.cases)} subjects of {source} ({result.layout})", result.findings)
+        if result.coding:
+            typer.echo(result.coding)
     if report is not None:
         with writing_to(report.parent, "--report"):
             write_check_report(report, result)

@@ -68,6 +68,8 @@ def _tell_packed(report: PackReport, ranks: Ranks) -> None:
     splits = ", ".join(f"{count} {name}" for name, count in report.splits.items())
     there = "" if report.num_written or ranks.world_size > 1 else " (all were there)"
     print(f"packed {report.num_subjects} subjects{there}: {splits}; {report.path}")
+    if report.coding:
+        print(report.coding)
     for line in [f"not paired: {entry}" for entry in report.unmatched] + [
         f"left out: {line}" for line in report.failures
     ]:

@@ -41,8 +41,14 @@ class LabelsConfig(Section):
 
     names: dict[int, str] = Field(default={1: "head", 2: "tumour"}, min_length=1)
     """Label value -> name. Each gets one condition channel, in this order; 0 is background and has none."""
-    remap: dict[int, int] = {}
-    """Applied to the values on disk before anything else, for example {4: 3}; unlisted values stay."""
+    coding: Literal["auto", "as_named", "brats2021", "brats2023", "brats2024", "brats_ped"] = "auto"
+    """What the values on disk mean: what `names` says, or BraTS until 2021, of 2023, of 2024, of children.
+
+    auto: by what all masks and their images hold; where that does not tell, packing asks."""
+    remap: dict[int | Literal["*"], int] = {}
+    """Applied to the values on disk before anything else, for example {4: 3}; unlisted values stay.
+
+    "*" is every value that is neither listed nor in `names`: {"*": 0} makes the rest background."""
     foreground_label: int | None = None
     """Given to unlabelled voxels where the first modality is above its background (BraTS: 4 = brain)."""
     off_value: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpc_ddpm.config import READING_SETTINGS, DataConfig
+from hpc_ddpm.config import READING_SETTINGS, DataConfig, LabelsConfig
 from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.errors import ConfigError
 
@@ -26,7 +26,7 @@ def agree_with_packed(data: DataConfig) -> DataConfig:
     dataset = open_packed(data.path)
     packed = dataset.data
     for name in (*AS_PACKED, *INTENSITIES.get(packed.normalization, ())):
-        found, wanted = getattr(packed, name), getattr(data, name)
+        found, wanted = _meaning(getattr(packed, name)), _meaning(getattr(data, name))
         if found != wanted:
             raise ConfigError(
                 f"data.{name}: {data.path} was packed with {_plain(found)}, this run asks for {_plain(wanted)}; "
@@ -35,6 +35,11 @@ def agree_with_packed(data: DataConfig) -> DataConfig:
     dataset.check_covariates(data.covariates)
     own = (*READING_SETTINGS, "covariates")
     return packed.model_copy(update={name: getattr(data, name) for name in own})
+
+
+def _meaning(value: Any) -> Any:
+    """Without how the masks were coded on disk, which packing may have found out by itself."""
+    return value.model_copy(update={"coding": "auto"}) if isinstance(value, LabelsConfig) else value
 
 
 def _plain(value: Any) -> Any:

@@ -27,6 +27,10 @@ MAX_FAINT, MAX_BELOW = 0.01, 0.01
 """Of the voxels above the background: faint ones, and those below it, that are still nothing but chance."""
 MIN_PIECE = 0.01
 """Of the largest piece, so that another one is no noise."""
+BODY = 0.3, 0.5
+"""Of the brain in the image: below the first, a label is not the rest of it; from the second on, it is."""
+MIN_SURFACE, MIN_BODY = 0.95, 0.1
+"""Of the surface of all labels, and of the field of view, that a label of the whole body takes up."""
 ALIKE, UNLIKE = 0.8, 0.5
 """Dice of two modalities that show one brain, and of two that do not."""
 
@@ -107,6 +111,23 @@ def brain(shown: Sequence[Inside | None], path: Path) -> Inside:
                 "brain-unclear",
             )
     return first
+
+
+def is_body(region: Inside, labelled: Inside, inside: Inside | None) -> bool | None:
+    """Whether a label is that of the whole body around the others; None where that cannot be told.
+
+    Args:
+        region: (D, H, W), the label.
+        labelled: all labels.
+        inside: what the image shows; None: the mask alone has to do.
+    """
+    if inside is not None and inside.any():
+        share = float((region & inside).sum() / inside.sum())
+        return True if share >= BODY[1] else False if share < BODY[0] else None
+    surface = labelled & ~ndimage.binary_erosion(labelled)
+    outside = float(region[surface].mean()) if surface.any() else 0.0
+    is_large = labelled.mean() >= MIN_BODY and 2 * int(region.sum()) >= int(labelled.sum())
+    return True if outside >= MIN_SURFACE and is_large else False if outside < BODY[1] else None
 
 
 def _most(shown: Sequence[Inside]) -> Inside:

@@ -9,28 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import LabelsConfig
+from hpc_ddpm.data.coding import (
+    BRATS_BRAIN,
+    BRATS_ENHANCING,
+    BRATS_ENHANCING_ON_DISK,
+    become,
+    brain_label,
+    describe,
+    merged,
+)
 from hpc_ddpm.errors import ConfigError, DataFormatError
 
 if TYPE_CHECKING:
     import torch
 
-BRATS_ENHANCING_ON_DISK, BRATS_ENHANCING, BRATS_BRAIN = 4, 3, 4
 OUTER_NAMES = ("head", "brain")
 MAX_ROUNDING = 0.01
 """Of a label from a whole number: scale factors, with which integers are stored, leave up to 0.008 (BraTS in uint8)."""
-
-
-def brats_raw_labels(labels: LabelsConfig) -> LabelsConfig:
-    """The scheme for raw BraTS masks (0, 1, 2, 4): 4 becomes 3, and 4, where named, is the rest of the brain.
-
-    A scheme that remaps labels itself is left alone.
-    """
-    if labels.remap:
-        return labels
-    update: dict[str, Any] = {"remap": {BRATS_ENHANCING_ON_DISK: BRATS_ENHANCING}}
-    if BRATS_BRAIN in labels.names and labels.foreground_label is None:
-        update["foreground_label"] = BRATS_BRAIN
-    return labels.model_copy(update=update)
 
 
 def remap_labels(mask: NDArray[Any], labels: LabelsConfig, path: Path) -> NDArray[np.uint8]:
@@ -46,21 +41,42 @@ def remap_labels(mask: NDArray[Any], labels: LabelsConfig, path: Path) -> NDArra
     """
     if mask.dtype.kind == "f":
         mask = _rounded(mask, path)
-    values = np.unique(mask)
-    rules = {-1: 0, **labels.remap}
-    present = {int(value): rules.get(int(value), int(value)) for value in values}
+    present = {value: become(value, labels) for value in _distinct(mask)}
     unexpected = sorted(value for value, label in present.items() if label != 0 and label not in labels.names)
     if unexpected:
         raise DataFormatError(
-            f"{path}: unexpected labels {_some(unexpected)} found, expected 0 and {_named(labels)}; "
-            "map them with data.labels.remap or name them in data.labels.names",
+            f"{path}: unexpected labels {_some([describe(value, labels.coding) for value in unexpected])} found, "
+            f"expected 0 and {_named(labels)}; map them with data.labels.remap or name them in data.labels.names",
             "unexpected-labels",
+        )
+    if pair := merged(present, labels):
+        raise DataFormatError(
+            f"{path}: labels {pair[0]} and {pair[1]} would both become {pair[0]} ({labels.names[pair[0]]}), which "
+            f"data.labels.remap={{{pair[1]}: {pair[0]}}} does not say of {pair[0]}; list both there if it is meant, "
+            "or give data.labels.coding",
+            "labels-merged",
         )
     remapped = np.zeros(mask.shape, np.uint8)
     for value, label in present.items():
         if label:
             remapped[mask == value] = label
     return remapped
+
+
+def values_of(mask: NDArray[Any], path: Path) -> list[int]:
+    """The values of a mask, sorted.
+
+    Raises:
+        DataFormatError: fractional values or NaN.
+    """
+    return _distinct(_rounded(mask, path) if mask.dtype.kind == "f" else mask)
+
+
+def _distinct(mask: NDArray[Any]) -> list[int]:
+    """Sorted; by a table where that is enough, which takes no sorting of voxels."""
+    if mask.dtype == np.uint8:
+        return np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
+    return [int(value) for value in np.unique(mask)]
 
 
 def _rounded(mask: NDArray[Any], path: Path) -> NDArray[Any]:
@@ -114,8 +130,20 @@ def outer_label(labels: LabelsConfig) -> int | None:
     return next((value for value, name in labels.names.items() if name in OUTER_NAMES), None)
 
 
-def check_present(mask: NDArray[np.uint8], labels: LabelsConfig, path: Path) -> None:
+def needs_a_look(labels: LabelsConfig) -> bool:
+    """Whether a mask of the scheme may be raw BraTS, where another label has the value of its brain."""
+    is_taken_as_is = labels.foreground_label is None and not labels.remap
+    return is_taken_as_is and brain_label(labels) == BRATS_BRAIN and BRATS_ENHANCING in labels.names
+
+
+def check_present(mask: NDArray[np.uint8], labels: LabelsConfig, path: Path, is_brain: bool | None = None) -> None:
     """Refuse a mask that is empty, lacks the outer label, or has raw BraTS values where the scheme has brain.
+
+    Args:
+        mask: (D, H, W).
+        labels: the scheme.
+        path: of the mask, for messages.
+        is_brain: whether the image shows that label 4 is the brain; None is unknown.
 
     Raises:
         DataFormatError: names the file and the labels.
@@ -130,14 +158,18 @@ def check_present(mask: NDArray[np.uint8], labels: LabelsConfig, path: Path) -> 
     if outer is not None and outer not in found:
         raise DataFormatError(
             f"{path}: label {outer} ({labels.names[outer]}) is missing, found {found}; give a mask "
-            "that has it (a raw BraTS mask gets it from its images: pack them as data.layout=brats_raw)",
+            "that has it (a raw BraTS mask gets it from its images, by data.labels.coding)",
             "missing-outer-label",
         )
-    is_raw = outer == BRATS_BRAIN and BRATS_ENHANCING in labels.names and BRATS_ENHANCING not in found
-    if is_raw and counts[BRATS_BRAIN] < sum(counts.values()) / 2:
+    if not needs_a_look(labels):
+        return
+    is_small = counts[BRATS_BRAIN] < sum(counts.values()) / 2 and BRATS_ENHANCING not in found
+    if is_brain is False or (is_brain is None and is_small):
+        found_so = "covers little of the brain" if is_brain is False else "is smaller than the labels inside it"
+        absent = "" if BRATS_ENHANCING in found else " and 3 is absent"
         raise DataFormatError(
-            f"{path}: label 4 ({labels.names[4]}) is smaller than the labels inside it and 3 is absent: "
-            "this is raw BraTS coding (4 = enhancing tumour); pack the cases with data.layout=brats_raw",
+            f"{path}: label 4 ({labels.names[4]}) {found_so}{absent}: this is raw BraTS coding (4 = enhancing tumour "
+            "until 2021, resection cavity in 2024); pack with data.labels.coding=brats2021 or brats2024",
             "raw-brats-coding",
         )
 
@@ -179,6 +211,6 @@ def _named(labels: LabelsConfig) -> str:
     return ", ".join(f"{value} ({name})" for value, name in labels.names.items())
 
 
-def _some(values: list[int], limit: int = 10) -> str:
+def _some(values: list[str], limit: int = 10) -> str:
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return f"{values[:limit]}{more}"
+    return f"[{', '.join(values[:limit])}]{more}"

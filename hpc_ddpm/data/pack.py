@@ -13,16 +13,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data.discover import Discovery, Unmatched, discover
+from hpc_ddpm.data.discover import Discovery, Subject, Unmatched, discover
 from hpc_ddpm.data.hooks import check_hooks
 from hpc_ddpm.data.plan import Row, build_plan, build_rows, digest_at, digest_of
 from hpc_ddpm.data.pool import Progress, run_shares
+from hpc_ddpm.data.settle import settle
 from hpc_ddpm.data.shards import INDEX, SPLITS, Index, ShardEntry, open_reader, read_index, write_index
 from hpc_ddpm.data.share import FIRST_WAIT_S, STATE, Job
 from hpc_ddpm.data.split import split_subjects
@@ -53,6 +54,8 @@ class PackReport:
     """Messages of the subjects left out by skip_bad."""
     labels_never_found: tuple[str, ...]
     """Names in the label scheme that no mask contains."""
+    coding: str = ""
+    """What was decided about the values of the masks, in one line; empty where they mean what the scheme says."""
 
     @property
     def num_subjects(self) -> int:
@@ -91,6 +94,7 @@ def pack(
     check_hooks(config)
     found, out = discover(source, config), Path(out)
     config = config.model_copy(update={"layout": found.layout, "path": ""})
+    config, coding = _settle(out, config, found.subjects, num_workers, overwrite)
     rows, num_written, is_complete = build_rows(config, found.subjects), 0, True
     if not _is_finished(out, config, rows, overwrite):
         purpose = digest_of([*(row.key for row in rows), str(skip_bad)])
@@ -105,7 +109,25 @@ def pack(
                 if overwrite:
                     _remove_surplus(out)
                 writer.clear_away()
-    return _report(out, config, found, num_written, is_complete, skip_bad)
+    return replace(_report(out, config, found, num_written, is_complete, skip_bad), coding=coding)
+
+
+def _settle(
+    out: Path, config: DataConfig, subjects: Sequence[Subject], num_workers: int, overwrite: bool
+) -> tuple[DataConfig, str]:
+    """With the coding of the masks, and what was decided, in one line; masks that are all packed are not read again.
+
+    Raises:
+        DataFormatError: as `settle`.
+    """
+    if (out / INDEX).exists() and config.labels.coding == "auto":
+        with suppress(DataFormatError):
+            labels = config.labels.model_copy(update={"coding": read_index(out).config.labels.coding})
+            packed = config.model_copy(update={"labels": labels})
+            if _is_finished(out, packed, build_rows(packed, subjects), overwrite):
+                return packed, ""
+    settled = settle(subjects, config, num_workers)
+    return settled.config, settled.note
 
 
 def _is_finished(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: bool) -> bool:

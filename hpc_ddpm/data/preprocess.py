@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
+from hpc_ddpm.data.coding import BRATS_BRAIN, resolve_labels
 from hpc_ddpm.data.discover import Subject
-from hpc_ddpm.data.foreground import Inside, above_background, box_around, brain, head
+from hpc_ddpm.data.foreground import Inside, above_background, box_around, brain, head, is_body
 from hpc_ddpm.data.geometry import Geometry, fit, resample
 from hpc_ddpm.data.hooks import hooked
 from hpc_ddpm.data.intensity import background, normalize
-from hpc_ddpm.data.labels import add_foreground, brats_raw_labels, check_present, remap_labels
+from hpc_ddpm.data.labels import add_foreground, check_present, needs_a_look, remap_labels
 from hpc_ddpm.data.nifti import Affine, Volume, read_nifti, voxel_size_mm
 from hpc_ddpm.errors import DataFormatError
 
@@ -64,13 +65,14 @@ def prepare(subject: Subject, config: DataConfig) -> Prepared:
             raw = resample(_read_image(image_file, path, file, subject.mask, config), geometry)
         if channel == 0:
             geometry = _placed(geometry, labels, raw, config)
+            is_brain = shows_brain(labels, raw, config)
         if config.labels.foreground_label is not None:
             shown.append(above_background(raw))
         image[channel], intensity[channel] = _normalize_and_fit(raw, labels, geometry, config, path)
     mask = fit(labels, geometry, 0)
     if shown:
         add_foreground(mask, fit(brain(shown, subject.images[config.modalities[0]]), geometry, 0), config.labels)
-    check_present(mask, config.labels, subject.mask)
+    check_present(mask, config.labels, subject.mask, is_brain)
     return Prepared(image, mask, geometry.affine, geometry, intensity)
 
 
@@ -104,6 +106,15 @@ def prepare_mask(path: str | Path, config: DataConfig, images: Sequence[Path] = 
     return mask, geometry.affine, geometry
 
 
+def shows_brain(labels: Mask, image: Image, config: DataConfig) -> bool | None:
+    """Whether label 4 of a BraTS scheme is the brain of the image; None for other schemes, or where it is not clear."""
+    if not needs_a_look(config.labels):
+        return None
+    some = labels[::2, ::2, ::2]
+    inside = above_background(image[::2, ::2, ::2])
+    return None if inside is None else is_body(some == BRATS_BRAIN, some > 0, inside)
+
+
 def grid_distance(one: Volume, other: Volume) -> float:
     """Largest distance between the corners of two grids of one shape, in voxels of the finer axis."""
     ends = np.array(np.meshgrid(*[(0, side - 1) for side in one.data.shape[::-1]])).reshape(3, -1)
@@ -113,10 +124,8 @@ def grid_distance(one: Volume, other: Volume) -> float:
 
 
 def _resolve(config: DataConfig) -> DataConfig:
-    """With the label scheme that raw BraTS files imply."""
-    if config.layout != "brats_raw":
-        return config
-    return config.model_copy(update={"labels": brats_raw_labels(config.labels)})
+    """With the label scheme that the coding of the masks implies."""
+    return config.model_copy(update={"labels": resolve_labels(config.labels, config.layout)})
 
 
 def _read_mask(path: Path, config: DataConfig) -> tuple[Volume, Mask, Geometry]:

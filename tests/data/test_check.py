@@ -178,6 +178,17 @@ def plant_raw_brats(root: Path) -> None:
         edit(file, lambda data: np.where(data == 1, 2, np.where(data == 2, 4, 0)).astype(np.uint8))
 
 
+def plant_third(root: Path) -> None:
+    """A third label, beside the second."""
+    edit(path(root, "mask"), lambda data: put(3, (slice(6, 9), 8, 8))(data))
+
+
+def plant_four(root: Path) -> None:
+    """Four parts of a tumour, each of a few voxels."""
+    for file in (root / "mask").iterdir():
+        edit(file, lambda data: np.where(data == 2, 1 + np.indices(data.shape)[0] % 4, 0).astype(np.uint8))
+
+
 def plant_no_background(root: Path) -> None:
     """Images that the brain fills."""
     for role in ("t1", "t2"):
@@ -194,6 +205,8 @@ def plant_table(root: Path) -> None:
 
 
 BRATS_LABELS = LabelsConfig(names={1: "core", 2: "edema", 3: "enhancing", 4: "brain"})
+HEAD_AND_TUMOUR = {"names": {1: "head", 2: "tumour"}}
+BRATS_AS_NAMED = BRATS_LABELS.model_copy(update={"coding": "as_named"})
 BRAIN_OF_IMAGES = LabelsConfig(names={1: "head", 2: "tumour", 3: "brain"}, foreground_label=3)
 FAULTS: list[tuple[str, str, Callable[[Path], Any], dict[str, Any]]] = [
     ("an image alone", "unmatched-file", plant_unmatched, {}),
@@ -225,7 +238,9 @@ FAULTS: list[tuple[str, str, Callable[[Path], Any], dict[str, Any]]] = [
     ("an empty mask", "empty-mask", lambda r: edit(path(r, "mask"), np.zeros_like), {}),
     ("no head", "missing-outer-label", lambda r: edit(path(r, "mask"), lambda d: np.where(d == 1, 0, d)), {}),
     ("no background", "brain-unclear", plant_no_background, {"labels": BRAIN_OF_IMAGES}),
-    ("raw BraTS masks", "raw-brats-coding", plant_raw_brats, {"labels": BRATS_LABELS}),
+    ("raw BraTS masks", "raw-brats-coding", plant_raw_brats, {"labels": BRATS_AS_NAMED}),
+    ("two labels for one", "labels-merged", plant_third, {"labels": {**HEAD_AND_TUMOUR, "remap": {3: 2}}}),
+    ("4 is cavity or edema", "coding-unclear", plant_four, {"labels": BRATS_LABELS}),
     ("no tumour", "label-absent", lambda r: edit(path(r, "mask"), lambda d: np.minimum(d, 1)), {}),
     ("a label too many", "label-never-found", same, {"labels": {"names": {1: "head", 2: "tumour", 3: "ghost"}}}),
     ("tumours alone", "mostly-unlabelled", same, {"labels": {"names": {2: "tumour"}, "remap": {1: 0}}}),
@@ -248,6 +263,7 @@ OF_THE_WHOLE = {
     "duplicate-subject",
     "missing-file",
     "size-mixed",
+    "coding-unclear",
     "label-never-found",
     "mostly-unlabelled",
 }

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hpc_ddpm.config import LabelsConfig, load_config
+from hpc_ddpm.data.coding import brats_raw_labels
 from hpc_ddpm.data.labels import (
-    brats_raw_labels,
     check_present,
     count_labels,
     one_hot,

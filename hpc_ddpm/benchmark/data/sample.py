@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
+from hpc_ddpm.data.coding import resolve_labels
 from hpc_ddpm.data.discover import MASK, discover
-from hpc_ddpm.data.labels import brats_raw_labels
 from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.phantom import write_phantoms
+from hpc_ddpm.data.settle import settle
 from hpc_ddpm.data.shards import INT16_SCALE, Packed, open_packed
 
 
@@ -88,8 +89,8 @@ def _link_first(source: Path, config: DataConfig, tree: Path) -> DataConfig:
         ending = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
         (tree / role).mkdir(parents=True)
         (tree / role / f"{subject.id}{ending}").symlink_to(path.resolve())
-    labels = brats_raw_labels(config.labels) if found.layout == "brats_raw" else config.labels
-    return config.model_copy(update={"layout": "tree", "labels": labels})
+    settled = settle([subject], config.model_copy(update={"layout": found.layout})).config
+    return config.model_copy(update={"layout": "tree", "labels": resolve_labels(settled.labels, found.layout)})
 
 
 def _write_first(dataset: Packed, tree: Path) -> DataConfig:

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.check.findings import Finding
 from hpc_ddpm.data.check.similarity import shrink, subsample
+from hpc_ddpm.data.coding import resolve_labels
 from hpc_ddpm.data.discover import MASK, Subject
 from hpc_ddpm.data.foreground import above_background, brain, foreground
 from hpc_ddpm.data.formats import Header
-from hpc_ddpm.data.labels import add_foreground, brats_raw_labels, remap_labels
+from hpc_ddpm.data.labels import add_foreground, remap_labels
 from hpc_ddpm.data.nifti import Volume, read_header, read_nifti, turn_to_ras
 from hpc_ddpm.data.preprocess import Prepared, grid_distance, prepare
 from hpc_ddpm.errors import DataFormatError
@@ -136,8 +137,7 @@ def open_case(subject: Subject, config: DataConfig) -> Case:
         subject: its files.
         config: with the layout of the source, not `auto`.
     """
-    if config.layout == "brats_raw":
-        config = config.model_copy(update={"labels": brats_raw_labels(config.labels)})
+    config = config.model_copy(update={"labels": resolve_labels(config.labels, config.layout)})
     case = Case(subject, config)
     for role in (MASK, *config.modalities):
         try:

@@ -19,7 +19,7 @@ from hpc_ddpm.data.geometry import resample
 from hpc_ddpm.data.intensity import normalize
 from hpc_ddpm.data.labels import check_present, count_labels, outer_label
 from hpc_ddpm.data.nifti import axis_codes, voxel_size_mm
-from hpc_ddpm.data.preprocess import Prepared
+from hpc_ddpm.data.preprocess import Prepared, shows_brain
 from hpc_ddpm.errors import DataFormatError
 
 MAX_ANISOTROPY = 2.0
@@ -127,7 +127,9 @@ def check_labels(case: Case) -> Findings:
         yield case.refusal(case.labels)
     elif case.labels is not None:
         try:
-            check_present(case.labels, case.config.labels, case.subject.mask)
+            first = case.on_grid.get(case.config.modalities[0])
+            is_brain = None if first is None else shows_brain(case.labels, first.data, case.config)
+            check_present(case.labels, case.config.labels, case.subject.mask, is_brain)
         except DataFormatError as error:
             yield case.refusal(error)
             return

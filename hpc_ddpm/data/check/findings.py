@@ -54,12 +54,19 @@ SOURCE_KINDS: dict[str, Kind] = {
     "unexpected-labels": Kind("error", "map them with data.labels.remap, or name them in data.labels.names"),
     "empty-mask": Kind("error", "leave the subject out, or give it its mask"),
     "missing-outer-label": Kind(
-        "error", "add the head or brain to the mask (data.layout=brats_raw or data.labels.foreground_label does)"
+        "error",
+        "add the head or brain to the mask (data.labels.coding or data.labels.foreground_label does, from the images)",
     ),
     "brain-unclear": Kind(
         "error", "give images without skull in a wider field of view, or masks in which the brain has its label"
     ),
-    "raw-brats-coding": Kind("error", "pack the case folders with data.layout=brats_raw: 4 is enhancing tumour here"),
+    "raw-brats-coding": Kind(
+        "error", "give data.labels.coding=brats2021 (4 is enhancing tumour) or brats2024 (4 is resection cavity)"
+    ),
+    "labels-merged": Kind(
+        "error", "list both values in data.labels.remap if they are one label, or give data.labels.coding"
+    ),
+    "coding-unclear": Kind("error", "give data.labels.coding, or data.labels.remap for every value"),
     "label-absent": Kind("note", "nothing, if the subject has none"),
     "label-never-found": Kind("warning", "check data.labels: the network cannot learn a label that no mask has"),
     "mostly-unlabelled": Kind(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from hpc_ddpm.data.hooks import check_hooks
 from hpc_ddpm.data.labels import count_labels
 from hpc_ddpm.data.nifti import axis_codes, ras_voxel_size_mm, turn_to_ras, voxel_size_mm
 from hpc_ddpm.data.parallel import ordered_map
+from hpc_ddpm.data.settle import settle
 from hpc_ddpm.errors import DataFormatError, refusing
 
 SIGNATURE_SIDE = 16
@@ -41,12 +42,15 @@ class CheckReport:
     """Every complete subject, sorted by id."""
     findings: tuple[Finding, ...]
     """Of all subjects, and of the source as a whole."""
+    coding: str = ""
+    """What was decided about the values of the masks, in one line; empty where they mean what the scheme says."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "source": str(self.source),
             "layout": self.layout,
+            "coding": self.coding,
             "subjects": [case.to_json() for case in self.cases],
             "findings": [finding.to_json() for finding in self.findings],
         }
@@ -76,6 +80,7 @@ def check(
     check_hooks(config)
     found = discover(source, config)
     config = config.model_copy(update={"layout": found.layout, "hooks": ()})
+    config, coding, unsettled = _settle(found.subjects, config, num_workers)
     judge = partial(judge_subject, config=config, pictures=pictures)
     cases = []
     for facts in ordered_map(judge, found.subjects, num_workers, preload=__name__):
@@ -84,10 +89,20 @@ def check(
             progress(len(cases), len(found.subjects))
     findings = [
         *check_pairing(found.unmatched),
+        *unsettled,
         *(finding for case in cases for finding in case.findings),
         *check_cohort(cases, config),
     ]
-    return CheckReport(Path(source), found.layout, config, tuple(cases), tuple(findings))
+    return CheckReport(Path(source), found.layout, config, tuple(cases), tuple(findings), coding)
+
+
+def _settle(subjects: Sequence[Subject], config: DataConfig, num_workers: int) -> tuple[DataConfig, str, list[Finding]]:
+    """With the coding of the masks, what was decided in one line, and why nothing could be."""
+    try:
+        settled = settle(subjects, config, num_workers)
+    except DataFormatError as error:
+        return config, "", [Finding(error.kind, str(error))]
+    return settled.config, settled.note, []
 
 
 def judge_subject(subject: Subject, config: DataConfig, pictures: bool) -> Facts:
