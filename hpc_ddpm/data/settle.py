@@ -28,6 +28,7 @@ from hpc_ddpm.data.foreground import above_background, is_body
 from hpc_ddpm.data.labels import values_of
 from hpc_ddpm.data.nifti import read_nifti
 from hpc_ddpm.data.parallel import ordered_map
+from hpc_ddpm.data.source_names import refuse_contradictions
 from hpc_ddpm.errors import ConfigError, DataFormatError
 
 NAMED_SO = {
@@ -74,9 +75,17 @@ def settle(subjects: Sequence[Subject], config: DataConfig, num_workers: int = 1
         num_workers: processes that read.
 
     Raises:
-        DataFormatError: it cannot be told, or two values that are there would become one label unsaid.
+        DataFormatError: it cannot be told, two values that are there would become one label unsaid, or the source
+            has other names for its labels.
         ConfigError: a label of the scheme stands for nothing in the coding.
     """
+    settled = _settle(subjects, config, num_workers)
+    resolved = resolve_labels(settled.config.labels, config.layout)
+    refuse_contradictions((subject.mask for subject in subjects), config.labels, resolved)
+    return settled
+
+
+def _settle(subjects: Sequence[Subject], config: DataConfig, num_workers: int) -> Settled:
     labels = config.labels
     is_open = labels.coding == "auto" and not labels.remap and (config.layout == "brats_raw" or speaks_brats(labels))
     if not is_open and not can_merge(resolve_labels(labels, config.layout)):

@@ -183,6 +183,11 @@ def plant_third(root: Path) -> None:
     edit(path(root, "mask"), lambda data: put(3, (slice(6, 9), 8, 8))(data))
 
 
+def plant_names(root: Path) -> None:
+    """What the source calls its labels."""
+    (root / "dataset.json").write_text('{"labels": {"0": "background", "1": "tumour", "2": "head"}}')
+
+
 def plant_four(root: Path) -> None:
     """Four parts of a tumour, each of a few voxels."""
     for file in (root / "mask").iterdir():
@@ -240,6 +245,7 @@ FAULTS: list[tuple[str, str, Callable[[Path], Any], dict[str, Any]]] = [
     ("no background", "brain-unclear", plant_no_background, {"labels": BRAIN_OF_IMAGES}),
     ("raw BraTS masks", "raw-brats-coding", plant_raw_brats, {"labels": BRATS_AS_NAMED}),
     ("two labels for one", "labels-merged", plant_third, {"labels": {**HEAD_AND_TUMOUR, "remap": {3: 2}}}),
+    ("names in another order", "label-names-differ", plant_names, {}),
     ("4 is cavity or edema", "coding-unclear", plant_four, {"labels": BRATS_LABELS}),
     ("no tumour", "label-absent", lambda r: edit(path(r, "mask"), lambda d: np.minimum(d, 1)), {}),
     ("a label too many", "label-never-found", same, {"labels": {"names": {1: "head", 2: "tumour", 3: "ghost"}}}),
@@ -264,6 +270,7 @@ OF_THE_WHOLE = {
     "missing-file",
     "size-mixed",
     "coding-unclear",
+    "label-names-differ",
     "label-never-found",
     "mostly-unlabelled",
 }

@@ -66,6 +66,9 @@ SOURCE_KINDS: dict[str, Kind] = {
     "labels-merged": Kind(
         "error", "list both values in data.labels.remap if they are one label, or give data.labels.coding"
     ),
+    "label-names-differ": Kind(
+        "error", "bring data.labels.names into the order of dataset.json, or say in data.labels.remap what is what"
+    ),
     "coding-unclear": Kind("error", "give data.labels.coding, or data.labels.remap for every value"),
     "label-absent": Kind("note", "nothing, if the subject has none"),
     "label-never-found": Kind("warning", "check data.labels: the network cannot learn a label that no mask has"),
