@@ -181,12 +181,14 @@ def _load(source: Path, overrides: Sequence[str] = (), config: Config | None = N
 
 def _masks(out: Path, masks: Path | None, split: str | None, given: Sequence[str], config: Config) -> list[MaskSource]:
     """What the command line names; nothing where it names none and something is planned already."""
-    from hpc_ddpm.sampling.masks import find_mask_files, find_packed_masks, with_covariates
+    from hpc_ddpm.sampling.masks import find_mask_files, find_packed_masks, with_coding, with_covariates
     from hpc_ddpm.sampling.plan import read_manifest
 
     covariates = config.data.covariates
     if masks is not None:
-        found = find_mask_files(masks, covariates)
+        found, note = with_coding(find_mask_files(masks, covariates), config.data)
+        if note and detect_ranks().is_main:
+            print(note)
     elif split is None and read_manifest(out):
         if given:
             raise ConfigError(f"--covariate {given[0]}: {out} has a plan; say for which masks, by --masks or --split")

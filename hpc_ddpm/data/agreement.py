@@ -18,6 +18,8 @@ INTENSITIES = {"percentile": ("low", "high"), "window": ("low", "high"), "zscore
 def agree_with_packed(data: DataConfig) -> DataConfig:
     """The packed dataset's own description, with this run's reading settings and covariates, which may be fewer.
 
+    How the masks were coded that were packed says nothing of those that the run samples for.
+
     Raises:
         ConfigError: the run asks for other modalities, labels, geometry, intensities or covariates than were packed.
     """
@@ -34,7 +36,8 @@ def agree_with_packed(data: DataConfig) -> DataConfig:
             )
     dataset.check_covariates(data.covariates)
     own = (*READING_SETTINGS, "covariates")
-    return packed.model_copy(update={name: getattr(data, name) for name in own})
+    labels = packed.labels.model_copy(update={"coding": data.labels.coding})
+    return packed.model_copy(update={"labels": labels, **{name: getattr(data, name) for name in own}})
 
 
 def _meaning(value: Any) -> Any:

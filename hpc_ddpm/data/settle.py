@@ -205,15 +205,14 @@ def _is_brain(held: Held, subjects: Sequence[Subject], brain: int, config: DataC
 
 def _looks_like_brain(subject: Subject, brain: int, config: DataConfig) -> bool | None:
     try:
-        mask = read_nifti(subject.mask, config.orientation, None).data[::2, ::2, ::2]
+        mask = np.rint(read_nifti(subject.mask, config.orientation, None).data)
         first = subject.images.get(config.modalities[0])
-        image = read_nifti(first, config.orientation).data[::2, ::2, ::2] if first else None
+        image = read_nifti(first, config.orientation).data if first else None
     except DataFormatError:
         return None
     if image is not None and (image.shape != mask.shape or not np.isfinite(image).all()):
         image = None
-    labelled = np.rint(mask) > 0
-    return is_body(np.rint(mask) == brain, labelled, None if image is None else above_background(image))
+    return is_body(mask == brain, mask > 0, None if image is None else above_background(image))
 
 
 def _refuse_mixture(held: Held, named_so: set[str]) -> None:

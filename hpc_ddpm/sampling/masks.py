@@ -21,11 +21,12 @@ from hpc_ddpm.data.covariates import (
     to_numbers,
     to_values,
 )
-from hpc_ddpm.data.discover import find_layout, find_masks
+from hpc_ddpm.data.discover import Subject, find_layout, find_masks
 from hpc_ddpm.data.geometry import Geometry
 from hpc_ddpm.data.labels import count_labels
 from hpc_ddpm.data.nifti import axis_codes, voxel_size_mm
 from hpc_ddpm.data.preprocess import prepare_mask
+from hpc_ddpm.data.settle import settle
 from hpc_ddpm.data.shards import Packed, open_packed
 from hpc_ddpm.data.table import read_columns
 from hpc_ddpm.errors import ConfigError, DataFormatError
@@ -44,6 +45,8 @@ class MaskSource:
     """`packed`, or how the file is coded: see `DataConfig.layout`."""
     covariates: Mapping[str, float | str] = field(default_factory=dict)
     """Those that are known of the subject."""
+    coding: str = "auto"
+    """What its values mean, see `data.labels.coding`; auto is what the layout implies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +116,19 @@ def find_packed_masks(
     ]
 
 
+def with_coding(masks: Sequence[MaskSource], data: DataConfig) -> tuple[list[MaskSource], str]:
+    """The masks of one source with their coding, and what was decided, in one line; packed ones have none.
+
+    Raises:
+        DataFormatError: as `settle`.
+    """
+    if not masks or masks[0].layout == PACKED:
+        return list(masks), ""
+    subjects = [Subject(mask.id, Path(mask.path), {}) for mask in masks]
+    settled = settle(subjects, data.model_copy(update={"layout": masks[0].layout}))
+    return [replace(mask, coding=settled.config.labels.coding) for mask in masks], settled.note
+
+
 def with_covariates(masks: Sequence[MaskSource], given: Sequence[str], covariates: Covariates) -> list[MaskSource]:
     """The masks with `NAME=VALUE` instead of what is known of their subjects; n/a is unknown.
 
@@ -139,17 +155,18 @@ def load_mask(source: MaskSource, config: Config) -> Mask:
     """
     if source.layout == PACKED:
         return _load_packed(source, config)
-    path, data = Path(source.path), config.data.model_copy(update={"layout": source.layout})
+    labels = config.data.labels.model_copy(update={"coding": source.coding})
+    path, data = Path(source.path), config.data.model_copy(update={"layout": source.layout, "labels": labels})
     may_change = config.sampling.mask_fit == "resample"
     if data.fit == "exact" and may_change:
         data = data.model_copy(update={"fit": "crop_pad"})
-    labels, _, geometry = prepare_mask(path, data)
-    changes = _changes(labels, geometry, data)
+    mask, _, geometry = prepare_mask(path, data)
+    changes = _changes(mask, geometry, data)
     if changes and not may_change:
         raise DataFormatError(
             f"{path}: does not fit the model ({'; '.join(changes)}); mend it, or set sampling.mask_fit=resample"
         )
-    return Mask(labels, geometry, path, changes)
+    return Mask(mask, geometry, path, changes)
 
 
 def _changes(labels: NDArray[np.uint8], geometry: Geometry, data: DataConfig) -> tuple[str, ...]:

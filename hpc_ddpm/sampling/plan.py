@@ -22,6 +22,8 @@ from hpc_ddpm.workers.claims import Writer
 
 MANIFEST = "manifest.jsonl"
 WAIT_S = 0.05
+UNSAID: dict[str, Any] = {"covariates": {}, "coding": "auto"}
+"""What is not written, so that a plan is read by those who do not know it."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Item:
     seed: int
     covariates: Mapping[str, float | str] = field(default_factory=dict)
     """Those that are known; they are in the id."""
+    coding: str = "auto"
+    """What the values of the mask mean, see `data.labels.coding`."""
 
     @property
     def source(self) -> MaskSource:
         """Where its mask is."""
-        return MaskSource(self.mask_id, self.mask, self.layout, self.covariates)
+        return MaskSource(self.mask_id, self.mask, self.layout, self.covariates, self.coding)
 
 
 def build_plan(masks: Iterable[MaskSource], replicas: int, seed: int) -> list[Item]:
@@ -59,6 +63,7 @@ def build_plan(masks: Iterable[MaskSource], replicas: int, seed: int) -> list[It
             replica,
             volume_seed(seed, mask.id, replica),
             mask.covariates,
+            mask.coding,
         )
         for mask in masks
         for replica in range(replicas)
@@ -154,7 +159,7 @@ def _origin(item: Item) -> str:
 def _write(path: Path, items: Iterable[Item], scratch: Path) -> None:
     with atomic_path(path, scratch=scratch) as temporary, temporary.open("w", encoding="utf-8") as file:
         for item in items:
-            line = {name: value for name, value in asdict(item).items() if name != "covariates" or value}
+            line = {name: value for name, value in asdict(item).items() if value != UNSAID.get(name)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
