@@ -89,9 +89,9 @@ def check(
             progress(len(cases), len(found.subjects))
     findings = [
         *check_pairing(found.unmatched),
-        *unsettled,
         *(finding for case in cases for finding in case.findings),
         *check_cohort(cases, config),
+        *unsettled,
     ]
     return CheckReport(Path(source), found.layout, config, tuple(cases), tuple(findings), coding)
 
