@@ -20,6 +20,7 @@ from launch.jobs_commands import jobs_app
 from launch.options import ConfigOption, Json, Overrides, Quiet
 from launch.sample_commands import sample_app
 from launch.submit_commands import REST, submit
+from launch.templates import templates
 
 STAGES, START = "Stages (each alone, under torchrun, mpirun or srun)", "Start here"
 CLUSTER = "Cluster"
@@ -44,6 +45,7 @@ app.command(rich_help_panel=CLUSTER, context_settings=REST)(submit)
 app.add_typer(jobs_app, name="jobs", rich_help_panel=CLUSTER)
 app.command(rich_help_panel=CLUSTER)(doctor)
 app.command(rich_help_panel=CLUSTER)(drill)
+app.command(rich_help_panel=CLUSTER)(templates)
 
 
 @app.command(rich_help_panel=START)

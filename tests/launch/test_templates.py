@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,32 @@ def test_no_example_hides_gpus_from_ranks() -> None:
     pages = [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("slurm/*.sbatch")]
     lines = [line for page in pages for line in page.read_text().splitlines() if "--gpus-per-task" in line]
     assert not [line for line in lines if "srun -" in line or "sbatch -" in line or "#SBATCH" in line]
+
+
+def test_the_wheel_writes_them_out(tmp_path: Path) -> None:
+    """From the files that the wheel holds, without the checkout; what was changed is not replaced."""
+    wheel = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    site = tmp_path / "site"
+    for name in wheel["packages"]:
+        shutil.copytree(REPOSITORY / name, site / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for source, target in wheel["force-include"].items():
+        copy = shutil.copytree if (REPOSITORY / source).is_dir() else shutil.copy
+        (site / target).parent.mkdir(exist_ok=True)
+        copy(REPOSITORY / source, site / target)
+
+    def write_out() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "launch.cli", "templates", "--out", "mine"]
+        env = os.environ | {"PYTHONPATH": str(site)}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    assert write_out().returncode == 0
+    shipped = {path.name: path.read_bytes() for path in (REPOSITORY / "slurm").glob("*.sbatch")}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == shipped
+    assert write_out().returncode == 0  # nothing was changed
+    (tmp_path / "mine" / "train.sbatch").write_text("mine")
+    (tmp_path / "mine" / "pack_mpi.sbatch").unlink()
+    refused = write_out()
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "train.sbatch: there already, and not as shipped" in refused.stderr
+    assert (tmp_path / "mine" / "train.sbatch").read_text() == "mine"
+    assert not (tmp_path / "mine" / "pack_mpi.sbatch").exists()
