@@ -17,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from hpc_ddpm.text import one_line
 from launch.jobs import task_id
 from launch.records import FOLDER, add_event, read_events
 
@@ -65,7 +66,7 @@ def _end(given: argparse.Namespace) -> dict[str, Any]:
 
 def _answer(given: argparse.Namespace) -> dict[str, Any]:
     code, text = given.answer
-    said = " ".join(text.split())[:MOST_SAID] or f"exit code {code}"
+    said = one_line(text, MOST_SAID) or f"exit code {code}"
     why = f"not requeued: SLURM said: {said}; `hpc-ddpm jobs retry {given.run_dir}` on a login node starts it again"
     if code == "0":
         why = f"requeued after {_restarts()} restarts"

@@ -23,10 +23,12 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
+from hpc_ddpm.files import is_file_name
 from hpc_ddpm.workers.owner import HEARTBEAT_S, LEASE_S, RECORD, Owner, Pulse, Watch, read_owner, this_process
 
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 """How file systems refuse symbolic links."""
+NOBODY = "nobody"
 LOOKS_PER_BEAT = 8
 """At other writers: a thousand of them must not keep the storage busy with it."""
 
@@ -109,9 +111,14 @@ class Writer:
     def claimant(self, unit: str) -> str | None:
         """Name of the writer, living or not, that has the claim."""
         try:
-            return str(self._link(unit).readlink())
+            name = str(self._link(unit).readlink())
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return NOBODY  # a copy of the folder has files where links were
+        return name if is_file_name(name) else NOBODY
 
     def age_in_words(self, unit: str) -> str:
         """How long a claim has been held, by the file system's clock: `, for 12 min`; empty if it cannot be known."""
@@ -178,7 +185,7 @@ class Writer:
 
     def _folders(self) -> list[Path]:
         """One per other writer, living or not."""
-        with suppress(FileNotFoundError):  # the last writer has just cleared away
+        with suppress(OSError):  # the last writer has just cleared away
             return [entry for entry in self.scratch.parent.iterdir() if entry.name[0] != "." and entry != self.scratch]
         return []
 

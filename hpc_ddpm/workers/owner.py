@@ -80,9 +80,11 @@ def read_owner(folder: Path) -> tuple[Owner, int]:
         text, stamp = file.read(), os.fstat(file.fileno()).st_mtime_ns
     try:
         record = json.loads(text)
-        return Owner(**{field.name: record[field.name] for field in fields(Owner)}), stamp
+        facts = {field.name: record[field.name] for field in fields(Owner)}
     except (ValueError, TypeError, KeyError, RecursionError):
         return NOT_KNOWN, stamp
+    is_sound = all(isinstance(fact, int if name == "pid" else str) for name, fact in facts.items())
+    return (Owner(**facts) if is_sound else NOT_KNOWN), stamp
 
 
 @dataclass

@@ -54,6 +54,7 @@ def at_limit(mark: str) -> End:
         (End(143, "a", (140,)), [], 8, True, "stopped by SIGUSR2"),  # srun ended a slower rank
         (End(143, "a", (143,)), [], 10, False, "max_requeues"),
         (End(137, "a", (75,)), [], 0, True, "a rank was lost"),
+        (End(75, "start", (75,)), [], 0, True, "a rank was lost or did not come (exit code 75, at start), comes back"),
         (End(143, "a"), [], 0, True, "ended by a signal before it could save"),
         (End(143, "a", is_hang=True), [], 0, True, "a rank hung, see stacks-of-rank-*.txt"),
         (End(143, "a"), [ended("a")] * 2, 2, False, "3 starts in a row without progress, the last: ended by a signal"),

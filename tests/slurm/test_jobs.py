@@ -59,6 +59,17 @@ def test_scaling_template(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -
     assert [(row["gpus"], row["nodes"]) for row in rows if row["kind"] == "measured"] == [(1, 1), (2, 2)]
 
 
+def test_what_a_shell_exports_does_not_make_two_trainings(cluster: Cluster, tiny_packed: Path, tmp_path: Path) -> None:
+    """Two tasks that would each take itself for rank 0 of 1."""
+    exported = ["env", "RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "MASTER_ADDR=localhost", "MASTER_PORT=29500"]
+    words = ["hpc-ddpm", "train", "--data", tiny_packed, "--out", tmp_path / "run", "-q", *STEPS]
+    done = cluster.attempt("srun", "-n2", *exported, *words)
+    assert done.returncode == 2
+    said = "RANK=0 and WORLD_SIZE=1 set, but srun started this as rank 1 of 2; `unset RANK WORLD_SIZE"
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 # --------------------------------------------------------------------------------------------------------- pack
 
 

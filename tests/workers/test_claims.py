@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 import time
@@ -199,6 +200,30 @@ def test_no_symbolic_links(state: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with Writer(state, "p") as writer, pytest.warns(UserWarning, match="has no symbolic links") as said:
         assert takes(writer)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[1]", '{"host": 1}', "\xff", json.dumps({"pid": "../x"})])
+def test_a_damaged_record_keeps_its_claim_while_it_is_renewed(
+    state: Path, stranger: Strangers, short_lease: None, text: str
+) -> None:
+    other = stranger(state)
+    (other.folder / "owner.json").write_text(text, encoding="latin-1")
+    with Writer(state, "p") as writer:
+        wait_until(writer.has_heard_all)
+        assert not takes(writer)
+        assert [str(one) for one in writer.others()] == ["process 0 on a host that is not known"]
+        other.die()
+        wait_until(lambda: takes(writer))
+
+
+@pytest.mark.parametrize("target", ["../../../outside", "", "a/b", "file"])
+def test_a_claim_that_leads_nowhere_is_free(state: Path, tmp_path: Path, target: str) -> None:
+    """Also one of a copied folder, whose links became files."""
+    link = state / "claims" / "unit"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target) if target else link.write_text("file")
+    with Writer(state, "p") as writer:
+        assert takes(writer)
 
 
 def test_people_see_who_works(state: Path, stranger: Strangers) -> None:
