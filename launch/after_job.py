@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_ddpm.text import one_line
-from launch.jobs import task_id
-from launch.records import FOLDER, add_event, read_events
+from launch.jobs import record, task_id
+from launch.records import FOLDER, read_events
 
 STOPPED = {128 + 10: "SIGUSR1", 128 + 12: "SIGUSR2", 128 + 15: "SIGTERM"}
 """Preemption or the time limit; what could be saved was."""
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--answer", nargs=2, metavar=("CODE", "TEXT"), help="Of `scontrol requeue`.")
     given = parser.parse_args()
     event = _answer(given) if given.answer else _end(given)
-    add_event(given.run_dir, task_id(), {"time": time.time()} | event)
+    record(given.run_dir, {"time": time.time()} | event)
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} hpc-ddpm {given.stage}: {event['why']}", flush=True)
     sys.exit(0 if event.get("comes_back") else 1)
 

@@ -7,11 +7,14 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpc_ddpm.distributed import LAUNCHED, Ranks, detect_ranks
-from launch.records import add_event
+from hpc_ddpm.errors import ClusterError
+from launch.records import FOLDER, add_event
 
 VISIBLE_GPUS = "HPC_DDPM_VISIBLE_GPUS"
 """CUDA_VISIBLE_DEVICES as it was at submission, which submitit's local executor overwrites."""
@@ -40,22 +43,37 @@ class StageJob:
         if self.umask is not None:
             os.umask(self.umask)
         _export_local_ranks()
-        ranks = detect_ranks()
+        try:
+            ranks = detect_ranks()
+        except ClusterError as error:
+            print(f"hpc-ddpm: {error}", file=sys.stderr)
+            self._end(error.exit_code, None)
         print(_describe(ranks), flush=True)
         if ranks.is_main:
-            add_event(Path(self.run_dir), task_id(), _start(ranks))
-        code = run_command(self.arguments)
+            record(Path(self.run_dir), _start(ranks))
+        self._end(run_command(self.arguments), ranks)
+
+    def _end(self, code: int, ranks: Ranks | None) -> None:
         end = {"event": "end", "time": time.time(), "code": code, "restarts": _restarts()}
-        if ranks.is_main and ranks.started_by != "srun":
-            add_event(Path(self.run_dir), task_id(), end)
+        if ranks and ranks.is_main and ranks.started_by != "srun":
+            record(Path(self.run_dir), end)
         if code:
-            add_event(Path(self.run_dir), task_id(), end | {"rank": ranks.rank}, kind="ranks")
+            record(Path(self.run_dir), end | ({"rank": ranks.rank} if ranks else {}), kind="ranks")
             sys.stdout.flush()
             sys.exit(code)
 
 
+def record(run_dir: Path, event: dict[str, Any], kind: str = "events") -> None:
+    """`add_event` of this task; a disk that is full costs the record, and a line, but not the job."""
+    try:
+        add_event(run_dir, task_id(), event, kind)
+    except OSError as error:
+        place = f"{run_dir / FOLDER}: the {event['event']} of job {task_id()} is not recorded"
+        print(f"hpc-ddpm: warning: {place} ({error.strerror})", file=sys.stderr, flush=True)
+
+
 def run_command(arguments: tuple[str, ...]) -> int:
-    """`hpc-ddpm ARGUMENTS` in this process; the exit code."""
+    """`hpc-ddpm ARGUMENTS` in this process; the exit code, 1 after a traceback."""
     from launch.cli import main
 
     sys.argv = ["hpc-ddpm", *arguments]
@@ -63,6 +81,9 @@ def run_command(arguments: tuple[str, ...]) -> int:
         main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
     return 0
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from launch.after_job import End, decide
 from launch.executor import Request, _setup, _teardown
+from launch.jobs import SIGNALS, StageJob
 from launch.profiles import load_profile
 from launch.records import Submission, add_event, read_events
 from launch.watch import look
@@ -163,3 +166,65 @@ def test_clocks_of_nodes_need_not_agree(run: Path) -> None:
     assert third["why"].startswith("a rank hung, see stacks") and fourth["why"].startswith("a rank was lost")
     events = [json.dumps(event) for event in read_events(run, "7")]
     assert len(events) == 7
+
+
+# --------------------------------------------------------------------------------------------------- the ranks
+
+
+@pytest.fixture
+def rank(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Run one rank of a job; its exit code."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE"))]:
+        monkeypatch.delenv(name)
+    facts = {"JOB_ID": "7", "STEP_ID": "0", "PROCID": "1", "STEP_NUM_TASKS": "2", "STEP_NODELIST": "n1"}
+    for name, value in (facts | {"RESTART_COUNT": "2"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (run / "jobs").mkdir(parents=True)
+
+    def start() -> int:
+        before, words, where = {number: signal.getsignal(number) for number in SIGNALS}, sys.argv, Path.cwd()
+        try:
+            StageJob(("config", "ls"), str(run), str(run))()
+        except SystemExit as end:
+            return int(str(end.code))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            sys.argv = words
+            os.chdir(where)
+        return 0
+
+    return start
+
+
+def test_a_rank_that_a_variable_confuses_is_a_mistake(
+    run: Path, rank: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, and recorded, so that the job does not come back."""
+    assert rank() == 0
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert rank() == 2
+    assert capsys.readouterr().err.startswith("hpc-ddpm: WORLD_SIZE=1 set, but srun started this as rank 1 of 2")
+    (end,) = read_events(run, "7", "ranks")
+    assert (end["code"], end["restarts"]) == (2, 2)
+
+
+def test_a_bug_in_one_rank_is_recorded(
+    run: Path, rank: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or srun, which ends the others by a signal, would report that one, and the job would come back to it."""
+    monkeypatch.setattr("launch.cli.app", lambda: [][0])
+    assert rank() == 1
+    assert "IndexError" in capsys.readouterr().err
+    assert [end["code"] for end in read_events(run, "7", "ranks")] == [1]
+
+
+def test_an_event_that_cannot_be_recorded_costs_no_job(
+    run: Path, rank: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "jobs").rmdir()
+    (run / "jobs").write_text("a file")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert rank() == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "jobs: the start of job 7 is not recorded (" in said
