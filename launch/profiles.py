@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from hpc_ddpm.config import Section, did_you_mean, presets_dir, read_yaml
@@ -158,12 +158,10 @@ def load_profile(source: str, changes: dict[str, Any] | None = None) -> Profile:
     path = _find(source)
     values, lines = read_yaml(path)
     known = list(Profile.model_fields)
-    for key in values:
+    for key in map(str, values):
         if key not in known:
             near = did_you_mean(key, known) or f"; a profile has: {', '.join(known)}"
-            raise ConfigError(f"{path}:{lines[key]}: unknown setting '{key}'{near}")
-    if "time" in values:
-        values["time"] = _as_written(path, "time")
+            raise ConfigError(f"{path}:{lines.get(key, 1)}: unknown setting '{key}'{near}")
     given = {key: value for key, value in (changes or {}).items() if value is not None}
     try:
         return Profile.model_validate(values | given)
@@ -172,20 +170,15 @@ def load_profile(source: str, changes: dict[str, Any] | None = None) -> Profile:
         key = str(problem["loc"][0]) if problem["loc"] else ""
         place = f"--{key.replace('_', '-')}" if key in given else f"{path}:{lines.get(key, 1)}"
         message = problem["msg"].removeprefix("Value error, ")
-        found = f"{key}={problem['input']!r}: " if problem["type"] != "value_error" else ""
-        raise ConfigError(f"{place}: {found}{message[0].lower()}{message[1:]}") from None
-
-
-def _as_written(path: Path, key: str) -> str:
-    """A value's own text: YAML 1.1 reads 8:00:00 as a number of base 60."""
-    node: Any = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    return str(next(value.value for name, value in node.value if name.value == key))
+        found = f"{key}={show(problem['input'])}: " if problem["type"] != "value_error" else ""
+        raise ConfigError(f"{place}: {found}{message[:1].lower()}{message[1:]}") from None
 
 
 def _find(source: str) -> Path:
     path, profiles = Path(source), list_profiles()
-    if path.is_file():
-        return path
+    with suppress(OSError):  # a name that is too long
+        if path.is_file():
+            return path
     if source in profiles:
         return profiles[source]
     raise ConfigError(

@@ -15,7 +15,7 @@ from hpc_ddpm.errors import ConfigError
 class Section(BaseModel):
     """A group of settings: frozen, and unknown keys are mistakes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -221,7 +221,7 @@ class ModelConfig(Section):
     """The 3-D U-Net. Input and output channels follow from the data section."""
 
     base_channels: int = Field(default=64, gt=0)
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 3, 4)
+    channel_multipliers: tuple[int, ...] = Field(default=(1, 1, 2, 3, 4), max_length=16)
     """One per level; each level below the first halves every axis."""
     num_res_blocks: int = Field(default=1, gt=0)
     """Residual blocks per level on the way down (one more on the way up)."""

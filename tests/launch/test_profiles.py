@@ -9,6 +9,7 @@ import pytest
 
 from hpc_ddpm.config import presets_dir
 from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.text import has_control
 from launch.profiles import Profile, list_profiles, load_profile
 from tests.conftest import REPOSITORY
 
@@ -58,14 +59,23 @@ def test_a_time_is_taken_as_written(tmp_path: Path) -> None:
         ("sbatch: {gpus_per_task: 1}", {}, "sbatch: gpus_per_task=1 asks for GPUs .*set gpus_per_node and gpu_type"),
         ("gpu_option: gpus", {}, "gpu_option='gpus': input should be 'gpus-per-node' or 'gres'"),
         ("executor: local\nnodes: 2", {}, "executor local has one node, found nodes=2"),
+        ("1: 2", {}, r"profile.yaml:1: unknown setting '1'; a profile has: executor"),
+        ("<<: {partitoin: a}", {}, r"profile.yaml:1: unknown setting 'partitoin'; did you mean 'partition'"),
+        ("<<: {time: 1}", {}, r"'1' is no time"),
+        ("time: [1]", {}, r"'\[1\]' is no time"),
+        ("a: &a [*a]", {}, "refers to itself by an alias"),
+        ("memory_per_gpu: " + "9" * 5000 + "G", {}, "memory_per_gpu='999"),
+        ("nodes: " + "9" * 5000, {}, "is too large a number"),
         ("partition: a", {"nodes": 0}, "--nodes: nodes=0: input should be greater than or equal to 1"),
     ],
 )
 def test_mistakes_in_a_profile(tmp_path: Path, text: str, changes: dict[str, int], part: str) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=part):
+    with pytest.raises(ConfigError, match=part) as caught:
         load_profile(str(path), changes)
+    assert not has_control(str(caught.value))
+    assert len(str(caught.value)) < 1000
 
 
 def test_no_such_profile() -> None:
