@@ -93,7 +93,15 @@ def status(out: GeneratedSet, as_json: Json = False) -> None:
 
 
 @sample_app.command()
-def verify(out: GeneratedSet, as_json: Json = False, workers: Workers = None, quiet: Quiet = False) -> None:
+def verify(
+    out: GeneratedSet,
+    as_json: Json = False,
+    workers: Workers = None,
+    quiet: Quiet = False,
+    share: Annotated[
+        Path | None, typer.Option(help="If all is well, write the set here without paths, hosts and commands.")
+    ] = None,
+) -> None:
     """Compare every file with manifest and sidecars. Exit code 2 if anything is missing, extra or changed."""
     from dataclasses import asdict
 
@@ -108,6 +116,14 @@ def verify(out: GeneratedSet, as_json: Json = False, workers: Workers = None, qu
             out, num_workers=workers or num_cores(), progress=lambda done, total: update(done, total, "")
         )
     print_json([asdict(problem) for problem in problems]) if as_json else print_problems(out, problems)
+    if share is not None and not problems:
+        from hpc_ddpm.files import writing_to
+        from hpc_ddpm.sampling.privacy import share_set
+
+        with writing_to(share, "--share"):
+            typer.echo(
+                f"{share_set(out, share)} volumes to share, without paths, hosts and commands: {share}", err=as_json
+            )
     raise typer.Exit(2 if problems else 0)
 
 

@@ -117,7 +117,7 @@ def reproduce_stage(path: Path, source: Path | None, show_progress: bool) -> dic
     folder, record = find_record(path)
     tree = folder.made_with()["config"] | {"sampling": record["sampling"]}
     config = config_from_dict(tree, str(folder.path))
-    model, weights = _load(source or _find_weights(record["weights"]), config=config)
+    model, weights = _load(source or _find_weights(folder.made_with()["weights"]), config=config)
     model = model.to(getattr(torch, record["precision"]))
     with progress_bar("again", show=show_progress) as update:
         return asdict(reproduce(folder, record, model, weights["sha256"], lambda done, total: update(done, total, "")))

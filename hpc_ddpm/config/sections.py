@@ -473,6 +473,8 @@ class OutputConfig(Section):
     """Of gzip: 1 is fast, 9 is small."""
     num_writers: int = Field(default=2, gt=0)
     """Threads per worker that check, compress and write while the next volume is computed."""
+    record_origin: bool = False
+    """Name the host and absolute paths in sidecars; else paths are relative to the folder of masks that was given."""
 
 
 class FidelityConfig(Section):
@@ -532,7 +534,7 @@ class SamplingConfig(Section):
             "batch_size": True,
             "replicas": True,
             "mask_fit": True,
-            "output": {"compression_level", "num_writers"},
+            "output": {"compression_level", "num_writers", "record_origin"},
             "fidelity": {"max_tries"},
         }
         return self.model_dump(mode="json", exclude=only_effort)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -21,6 +22,7 @@ from hpc_ddpm.sampling.fidelity import Fidelity
 from hpc_ddpm.sampling.folder import Failure, SampleFolder
 from hpc_ddpm.sampling.masks import Mask
 from hpc_ddpm.sampling.plan import Item, try_seed
+from hpc_ddpm.sampling.privacy import item_record, weights_record, without_places
 from hpc_ddpm.sampling.write import voxels_sha256, write_outputs
 
 MAX_FAILED_WRITES = 3
@@ -64,15 +66,17 @@ class Finisher:
 
     def __post_init__(self) -> None:
         parameter = next(self.model.parameters())
-        is_gpu = parameter.device.type == "cuda"
+        is_gpu, is_asked = parameter.device.type == "cuda", self.config.sampling.output.record_origin
+        sampling = self.config.sampling.model_dump(mode="json")
         self._made_by = {
-            "weights": self.weights,
-            "sampling": self.config.sampling.model_dump(mode="json"),
+            "weights": self.weights if is_asked else weights_record(self.weights),
+            "sampling": sampling if is_asked else without_places(sampling),
             "precision": str(parameter.dtype).removeprefix("torch."),
             "device": parameter.device.type,
             "device_name": torch.cuda.get_device_name(parameter.device) if is_gpu else "",
             "threads": torch.get_num_threads(),
             "versions": package_versions(),
+            **({"host": socket.gethostname()} if is_asked else {}),
         }
 
     def finish(self, job: Job, volume: NDArray[np.float32], seconds: float | None) -> Job | None:
@@ -135,7 +139,7 @@ class Finisher:
         item, mask = job.item, job.mask
         outputs = write_outputs(self.folder.path, item, volume, mask, self.config, self.scratch)
         record = {
-            **asdict(item),
+            **(asdict(item) if self.config.sampling.output.record_origin else item_record(item)),
             "seed": job.seed,
             "planned_seed": item.seed,
             "attempt": len(job.rejected),

@@ -47,6 +47,8 @@ class MaskSource:
     """Those that are known of the subject."""
     coding: str = "auto"
     """What its values mean, see `data.labels.coding`; auto is what the layout implies."""
+    root: str = ""
+    """Folder that was given for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +85,10 @@ def find_mask_files(path: Path, covariates: Covariates = NO_COVARIATES) -> list[
     def of(mask_id: str) -> dict[str, float | str]:
         return known_values(find_row(rows, mask_id) or {}, covariates, f"{table}, {mask_id}")
 
-    return [MaskSource(mask_id, str(file.resolve()), layout, of(mask_id)) for mask_id, file in find_masks(path)]
+    root = str((path if path.is_dir() else path.parent).resolve())
+    return [
+        MaskSource(mask_id, str(file.resolve()), layout, of(mask_id), root=root) for mask_id, file in find_masks(path)
+    ]
 
 
 def find_packed_masks(
@@ -111,7 +116,7 @@ def find_packed_masks(
     shared = {name: covariate for name, covariate in covariates.items() if name in packed.data.covariates}
     numbers, where = packed.covariates(shared).tolist(), str(Path(path).resolve())
     return [
-        MaskSource(subject, where, PACKED, to_values(numbers[chosen[subject]], shared))
+        MaskSource(subject, where, PACKED, to_values(numbers[chosen[subject]], shared), root=str(Path(where).parent))
         for subject in subjects or chosen
     ]
 

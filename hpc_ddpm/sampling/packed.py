@@ -68,7 +68,7 @@ def assemble(out: Path, items: Iterable[Item], packed_records: Mapping[str, Any]
         for item in sorted(items, key=lambda item: item.id)
         if item.id in packed_records and item.id not in published
     ]
-    data = data.model_copy(update={"path": "", "val_fraction": 0.0})
+    data = data.model_copy(update={"path": "", "val_fraction": 0.0, "hooks": ()})
     for shard in chunks(data, rows, len(entries)):
         files = {number: row_path(out, row.subject.id) for number, row in enumerate(shard.rows)}
         write_shard(folder / shard.name, shard, files, data, w.scratch)

@@ -22,7 +22,7 @@ from hpc_ddpm.workers.claims import Writer
 
 MANIFEST = "manifest.jsonl"
 WAIT_S = 0.05
-UNSAID: dict[str, Any] = {"covariates": {}, "coding": "auto"}
+UNSAID: dict[str, Any] = {"covariates": {}, "coding": "auto", "root": ""}
 """What is not written, so that a plan is read by those who do not know it."""
 
 
@@ -42,11 +42,13 @@ class Item:
     """Those that are known; they are in the id."""
     coding: str = "auto"
     """What the values of the mask mean, see `data.labels.coding`."""
+    root: str = field(default="", compare=False)
+    """Folder below which sidecars name the mask."""
 
     @property
     def source(self) -> MaskSource:
         """Where its mask is."""
-        return MaskSource(self.mask_id, self.mask, self.layout, self.covariates, self.coding)
+        return MaskSource(self.mask_id, self.mask, self.layout, self.covariates, self.coding, self.root)
 
 
 def build_plan(masks: Iterable[MaskSource], replicas: int, seed: int) -> list[Item]:
@@ -64,6 +66,7 @@ def build_plan(masks: Iterable[MaskSource], replicas: int, seed: int) -> list[It
             volume_seed(seed, mask.id, replica),
             mask.covariates,
             mask.coding,
+            mask.root,
         )
         for mask in masks
         for replica in range(replicas)
@@ -135,7 +138,7 @@ def extend_manifest(out: Path, wanted: Iterable[Item], writer: Writer) -> list[I
         with writer.claim(MANIFEST) as is_ours:
             if is_ours:
                 planned = read_manifest(out)
-                _write(out / MANIFEST, [*planned, *_missing(out, planned, wanted)], writer.scratch)
+                write_manifest(out / MANIFEST, [*planned, *_missing(out, planned, wanted)], writer.scratch)
         time.sleep(0 if is_ours else WAIT_S)
 
 
@@ -156,7 +159,8 @@ def _origin(item: Item) -> str:
     return f"{item.mask} with seed {item.seed}{covariates}"
 
 
-def _write(path: Path, items: Iterable[Item], scratch: Path) -> None:
+def write_manifest(path: Path, items: Iterable[Item], scratch: Path) -> None:
+    """One line per volume, atomically."""
     with atomic_path(path, scratch=scratch) as temporary, temporary.open("w", encoding="utf-8") as file:
         for item in items:
             line = {name: value for name, value in asdict(item).items() if value != UNSAID.get(name)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.sampling.folder import SampleFolder, find_folder
 from hpc_ddpm.sampling.generate import generate
 from hpc_ddpm.sampling.masks import load_mask
-from hpc_ddpm.sampling.plan import item_of
+from hpc_ddpm.sampling.plan import item_of, read_manifest
 from hpc_ddpm.sampling.run import exact_kernels
 from hpc_ddpm.sampling.write import voxels_sha256, write_outputs
 
@@ -79,7 +79,8 @@ def reproduce(
             f"{record['id']}: made with weights {record['weights']['sha256'][:12]}, given {weights_sha256[:12]}; "
             "give the weights it was made with by --weights"
         )
-    item = item_of(record)
+    item = next((item for item in read_manifest(folder.path) if item.id == record["id"]), item_of(record))
+    item = replace(item, seed=record["seed"])
     mask = load_mask(item.source, config)
     if mask.sha256 != record["mask_sha256"]:
         raise DataFormatError(f"{item.mask}: the mask {item.mask_id} has changed since {item.id} was made; restore it")
