@@ -91,7 +91,7 @@ def test_the_sidecar_says_how_it_was_made(generate_set: Generate, weights: Path,
     generate_set(tmp_path)
     record = sidecars(tmp_path)["head_0002_r000"]
     item = next(item for item in read_manifest(tmp_path) if item.id == "head_0002_r000")
-    assert (record["seed"], record["mask_id"], record["mask"]) == (item.seed, "head_0002", item.mask)
+    assert (record["seed"], record["mask_id"], record["mask"]) == (item.seed, "head_0002", "head_0002.nii.gz")
     assert record["weights"]["sha256"] == hpc_ddpm.load_model(weights).sha256
     assert (record["precision"], record["device"], record["sampling"]["num_steps"]) == ("float32", "cpu", 2)
     assert record["versions"]["torch"]
