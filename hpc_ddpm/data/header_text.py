@@ -21,6 +21,8 @@ TELLING = re.compile(
     r"\d{6}|\d{1,4}[-/.]\d{1,2}[-/.]\d{2,4}|\^|name|birth|patient|\bDOB\b|\bMRN\b|\bID\b", re.IGNORECASE
 )
 """Dates, record numbers, names as DICOM writes them: whoever wrote it."""
+ROUTINE = re.compile(r"Time=[\d.]+|^\d+\.\d+\.\d+:\w*")
+"""Times of day, as dcm2niix writes them, and FSL's versions: they look like dates and numbers."""
 DICOM_FIELDS = {
     "0010|0010": "PatientName",
     "0010|0020": "PatientID",
@@ -40,7 +42,7 @@ MAX_EXTENSION_BYTES = 2**20
 
 def may_identify(text: str) -> bool:
     """Whether a text says more than what a well-known program writes there."""
-    text = text.strip("\0 \t\r\n")
+    text = ROUTINE.sub("", text).strip("\0 ;\t\r\n")
     return bool(text) and (HARMLESS.match(text) is None or TELLING.search(text) is not None)
 
 

@@ -156,7 +156,7 @@ def _read_image(file: Path, path: Path, mask: Volume, mask_path: Path, config: D
         kind = "grid-affine" if image.data.shape == mask.data.shape else "grid-shape"
         raise DataFormatError(
             f"{shown}: its grid {_grid(image)} is not that of its mask {mask_path}: {_grid(mask)}; "
-            "resample one onto the other (mask: nearest neighbour)",
+            f"{_way_out(image, mask)}",
             kind,
         )
     if not -MAX_INTENSITY < float(image.data.min()) <= float(image.data.max()) < MAX_INTENSITY:
@@ -167,6 +167,16 @@ def _read_image(file: Path, path: Path, mask: Volume, mask_path: Path, config: D
             "not-finite",
         )
     return image.data
+
+
+def _way_out(image: Volume, mask: Volume) -> str:
+    """What to do about two grids that differ."""
+    if image.file_shape == mask.file_shape and np.array_equal(mask.file_affine, np.eye(4)):
+        return (
+            "its affine is the identity, as tools write it that drop the place: if voxel by voxel they match (look at "
+            "both), copy the affine of the image into the mask"
+        )
+    return "resample one onto the other (mask: nearest neighbour)"
 
 
 def _placed(geometry: Geometry, labels: Mask, image: Image | None, config: DataConfig) -> Geometry:

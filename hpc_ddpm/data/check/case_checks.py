@@ -41,12 +41,19 @@ Findings = Iterator[Finding]
 
 
 def check_headers(case: Case) -> Findings:
-    """Scale factors, and headers that do not say where the voxels are."""
+    """Scale factors, text about people, and headers that do not say where the voxels are, or say it twice."""
     for role, header in case.headers.items():
         if header.is_scaled:
             yield case.finding("scaled-integers", "numbers with a slope or intercept", role)
         if not header.has_affine:
             yield case.finding("no-affine", "neither sform nor qform (of DICOM: orientation or spacing) is set", role)
+        if header.texts:
+            yield case.finding("identifying-text", f"{', '.join(header.texts)} may identify a person", role)
+        if header.is_misnamed:
+            yield case.finding("misnamed", "gzipped without saying so in its name, or the other way round", role)
+        if role in case.volumes and header.two_places_mm > 0.1 * min(voxel_size_mm(case.volumes[role].file_affine)):
+            found = f"sform and qform are {header.two_places_mm:.3g} mm apart at a corner; the sform is used"
+            yield case.finding("sform-qform", found, role)
 
 
 def check_grids(case: Case) -> Findings:

@@ -31,12 +31,17 @@ SOURCE_KINDS: dict[str, Kind] = {
     "dicom-series": Kind("error", "copy the series again: one series a folder, every slice once, none missing"),
     "series": Kind("error", "split the 4-D file and keep one volume, or give one file per modality"),
     "scaled-integers": Kind("note", "nothing: slope and intercept are applied"),
+    "misnamed": Kind("note", "rename it (.nii.gz where it is gzipped, else .nii): other programs may refuse it"),
+    "identifying-text": Kind(
+        "warning", "clear these fields before you pass the files on; packed and generated volumes do not have them"
+    ),
     # --------------------------------------------------------------------------------------- geometry
     "grid-shape": Kind("error", "resample one onto the other (mask: nearest neighbour)"),
     "grid-affine": Kind("error", "copy the affine if the voxels do match (look at them), else resample the mask"),
     "no-affine": Kind(
         "warning", "find out left and right, and write an sform; without one x is taken to run from right to left"
     ),
+    "sform-qform": Kind("note", "look which of the two is right, and write it into both: programs differ"),
     "orientation-differs": Kind("note", "nothing: it is brought to data.orientation"),
     "orientation-mixed": Kind("error", "set data.orientation=RAS: with `native` some subjects lie on their side"),
     "anisotropic": Kind("warning", "set data.voxel_size_mm, or choose data.size in these proportions"),
