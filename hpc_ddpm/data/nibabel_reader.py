@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ HEAD_BYTES = 540
 """Of the longest header, NIfTI-2."""
 MM = {1: 1000.0, 3: 0.001}
 """Codes of metre and micron; all others count as mm."""
+nib.imageglobals.logger.setLevel(logging.CRITICAL + 1)  # what it warns of is checked here, and told in one line
 MAGIC = (b"n+1\0", b"ni1\0")
 
 
@@ -32,8 +34,10 @@ def read_array(path: Path) -> tuple[NDArray[Any], Affine]:
         Exception: whatever nibabel meets in a damaged file.
     """
     header, (_, voxels) = open_header(path), pair_of(path)
-    num_voxels = math.prod(int(side) for side in header.get_data_shape())
-    promised = header.get_data_offset() + num_voxels * header.get_data_dtype().itemsize
+    sides = [int(side) for side in header.get_data_shape()]
+    if min(sides, default=0) < 1:
+        raise ValueError(f"it gives itself the shape {sides}")
+    promised = header.get_data_offset() + math.prod(sides) * header.get_data_dtype().itemsize
     if is_gzipped(voxels):
         return np.asanyarray(ArrayProxy(unpack(voxels, promised), header)), affine_of(header)
     check_size(voxels, promised)
