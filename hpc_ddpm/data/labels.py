@@ -17,6 +17,7 @@ from hpc_ddpm.data.coding import (
     brain_label,
     describe,
     merged,
+    speaks_brats,
 )
 from hpc_ddpm.errors import ConfigError, DataFormatError
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 OUTER_NAMES = ("head", "brain")
+MAX_TUMOUR = 0.5
+"""Of the brain, that one part of a tumour may fill."""
 MAX_ROUNDING = 0.01
 """Of a label from a whole number: scale factors, with which integers are stored, leave up to 0.008 (BraTS in uint8)."""
 
@@ -95,10 +98,31 @@ def _rounded(mask: NDArray[Any], path: Path) -> NDArray[Any]:
     return rounded
 
 
-def add_foreground(mask: NDArray[np.uint8], inside: NDArray[np.bool_], labels: LabelsConfig) -> None:
-    """Give `labels.foreground_label`, if set, to the unlabelled voxels among `inside`; changes `mask`."""
-    if labels.foreground_label is not None:
-        mask[(mask == 0) & inside] = labels.foreground_label
+def add_foreground(mask: NDArray[np.uint8], inside: NDArray[np.bool_], labels: LabelsConfig, path: Path) -> None:
+    """Give `labels.foreground_label`, if set, to the unlabelled voxels among `inside`; changes `mask`.
+
+    Args:
+        mask: (D, H, W), without that label.
+        inside: (D, H, W), the brain.
+        labels: the scheme, with the rules of its coding.
+        path: of the mask, for messages.
+
+    Raises:
+        DataFormatError: a part of a tumour fills the brain, so its value on disk is the brain's.
+    """
+    if labels.foreground_label is None:
+        return
+    if labels.remap and speaks_brats(labels):
+        shares = count_labels(np.where(inside, mask, 0), labels) / max(int(inside.sum()), 1)
+        label = list(labels.names)[int(shares.argmax())]
+        if shares.max() > MAX_TUMOUR and label != labels.foreground_label:
+            coding = "raw BraTS" if labels.coding == "auto" else labels.coding
+            raise DataFormatError(
+                f"{path}: label {label} ({labels.names[label]}) would fill {shares.max():.0%} of the brain: the mask "
+                f"is not coded as {coding} but holds the brain; use data.labels.coding=as_named for it",
+                "coding-unclear",
+            )
+    mask[(mask == 0) & inside] = labels.foreground_label
 
 
 def to_brats_raw(mask: NDArray[np.uint8], labels: LabelsConfig) -> NDArray[np.uint8]:

@@ -55,7 +55,7 @@ class PackReport:
     labels_never_found: tuple[str, ...]
     """Names in the label scheme that no mask contains."""
     coding: str = ""
-    """What was decided about the values of the masks, in one line; empty where they mean what the scheme says."""
+    """What was decided about the values of the masks, in one line; empty where there was nothing to decide."""
 
     @property
     def num_subjects(self) -> int:

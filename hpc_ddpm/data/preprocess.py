@@ -71,7 +71,8 @@ def prepare(subject: Subject, config: DataConfig) -> Prepared:
         image[channel], intensity[channel] = _normalize_and_fit(raw, labels, geometry, config, path)
     mask = fit(labels, geometry, 0)
     if shown:
-        add_foreground(mask, fit(brain(shown, subject.images[config.modalities[0]]), geometry, 0), config.labels)
+        inside = fit(brain(shown, subject.images[config.modalities[0]]), geometry, 0)
+        add_foreground(mask, inside, config.labels, subject.mask)
     check_present(mask, config.labels, subject.mask, is_brain)
     return Prepared(image, mask, geometry.affine, geometry, intensity)
 
@@ -101,7 +102,7 @@ def prepare_mask(path: str | Path, config: DataConfig, images: Sequence[Path] = 
     geometry = _placed(geometry, labels, first, config)
     mask = fit(labels, geometry, 0)
     if shown:
-        add_foreground(mask, fit(brain(shown, images[0]), geometry, 0), config.labels)
+        add_foreground(mask, fit(brain(shown, images[0]), geometry, 0), config.labels, path)
     check_present(mask, config.labels, path)
     return mask, geometry.affine, geometry
 

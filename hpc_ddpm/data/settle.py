@@ -55,9 +55,9 @@ class Settled:
 
     @property
     def note(self) -> str:
-        """What was decided, in one line; empty where masks are taken as they are."""
+        """What was decided, in one line; empty where there was nothing to decide."""
         if self.coding in ("", "as_named"):
-            return ""
+            return self.coding and "masks are coded as data.labels.names says"
         labels = coded_labels(self.config.labels, self.coding)
         pairs = [(value, become(value, labels)) for value in CODINGS[self.coding]]
         parts = [f"{describe(value, self.coding)} is label {label}" for value, label in pairs if label in labels.names]

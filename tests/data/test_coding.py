@@ -116,7 +116,10 @@ def test_masks_of_2023_and_packed_ones(tmp_path: Path, layout: str) -> None:
     if layout != "brats_raw":
         source = write_source(tmp_path / "in", {"a": coded(PACKED), "b": coded(BRATS2023 | {BRAIN: 4})}, layout)
         masks, report = packed(source, config())
-        assert (report.coding, settled(source, config())[0]) == ("", "as_named")
+        assert (report.coding, settled(source, config())[0]) == (
+            "masks are coded as data.labels.names says",
+            "as_named",
+        )
         np.testing.assert_array_equal(masks["a"], coded(PACKED))
 
 
@@ -162,6 +165,18 @@ def test_a_mixed_cohort_is_refused_and_skip_bad_leaves_out_the_wrong_ones(tmp_pa
     years = write_source(tmp_path / "years", {"a": coded(BRATS2021), "b": coded(BRATS2023)}, "brats_raw")
     with pytest.raises(DataFormatError, match=r"masks hold 3 \(b\) or 4 \(a\) and none holds both"):
         pack(years, tmp_path / "out", config())
+
+
+@pytest.mark.parametrize("layout", ["tree", "brats_raw"])
+def test_the_brain_is_never_taken_for_a_tumour(tmp_path: Path, layout: str) -> None:
+    """One mask without enhancing tumour, in which 4 is the brain, among raw ones that nobody looked at."""
+    odd = coded({**PACKED, ENHANCING: 2})
+    source = write_source(tmp_path / "in", {"a": coded(BRATS2021), "b": odd}, layout)
+    masks, report = packed(source, config(coding="brats2021"), skip_bad=True)
+    assert set(masks) == {"a"}
+    assert "label 3 (enhancing_tumour) would fill 9" in report.failures[0]
+    alone = write_source(tmp_path / "alone", {"b": odd}, layout)
+    np.testing.assert_array_equal(packed(alone, config())[0]["b"], odd)
 
 
 def test_two_values_become_one_label_only_where_that_is_said(tmp_path: Path) -> None:

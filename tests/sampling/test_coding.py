@@ -37,7 +37,7 @@ def sources(folder: Path, mask: np.ndarray, config: Config) -> tuple[list[MaskSo
 
 def test_packed_masks_stay_as_they_are(tmp_path: Path, config: Config) -> None:
     (source,), note = sources(tmp_path, labels(3, 4), config)
-    assert (source.coding, note) == ("auto", "")
+    assert (source.coding, note) == ("auto", "masks are coded as data.labels.names says")
     np.testing.assert_array_equal(load_mask(source, config).labels, labels(3, 4))
 
 

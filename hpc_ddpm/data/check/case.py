@@ -96,7 +96,7 @@ class Case:
             if self.on_grid and self.config.labels.foreground_label is not None:
                 roles = [role for role in self.config.modalities if role in self.on_grid]
                 shown = [above_background(self.on_grid[role].data) for role in roles]
-                add_foreground(labels, brain(shown, self.path(roles[0])), self.config.labels)
+                add_foreground(labels, brain(shown, self.path(roles[0])), self.config.labels, self.subject.mask)
             return labels
         except DataFormatError as error:
             return error

@@ -43,7 +43,7 @@ class CheckReport:
     findings: tuple[Finding, ...]
     """Of all subjects, and of the source as a whole."""
     coding: str = ""
-    """What was decided about the values of the masks, in one line; empty where they mean what the scheme says."""
+    """What was decided about the values of the masks, in one line; empty where there was nothing to decide."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
