@@ -45,6 +45,7 @@ class Writer:
         self.lost: set[str] = set()
         """Claims of this writer that others took over, because it was silent for too long."""
         self._held: set[str] = set()
+        self._has_links = True
         self._watch = Watch()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, daemon=True)
@@ -110,6 +111,8 @@ class Writer:
 
     def claimant(self, unit: str) -> str | None:
         """Name of the writer, living or not, that has the claim."""
+        if not self._has_links:
+            return self.name
         try:
             name = str(self._link(unit).readlink())
         except FileNotFoundError:
@@ -163,11 +166,13 @@ class Writer:
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
-            warnings.warn(
-                f"{self.state}: this file system has no symbolic links ({error.strerror}), so nobody notices others "
-                "that do the same work at the same time; start one process only",
-                stacklevel=2,
-            )
+            if self._has_links:
+                warnings.warn(
+                    f"{self.state}: this file system has no symbolic links ({error.strerror}), so nobody notices "
+                    "others that do the same work at the same time; start one process only",
+                    stacklevel=2,
+                )
+            self._has_links = False
         return True
 
     def _inherit(self, unit: str, dead: str) -> bool:

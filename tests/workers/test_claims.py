@@ -16,6 +16,7 @@ import pytest
 from hpc_ddpm.workers import claims, owner
 from hpc_ddpm.workers.claims import Writer, look_at_claims
 from hpc_ddpm.workers.owner import Owner, this_process
+from hpc_ddpm.workers.sole import sole_owner
 from tests.conftest import Stranger
 
 Strangers = Callable[..., Stranger]
@@ -197,9 +198,11 @@ def test_no_symbolic_links(state: Path, monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    with Writer(state, "p") as writer, pytest.warns(UserWarning, match="has no symbolic links") as said:
-        assert takes(writer)
+    with pytest.warns(UserWarning, match="has no symbolic links") as said, sole_owner(state, "p", str) as sole:
+        assert takes(sole._writer)
+        sole.check()
     assert len(said) == 1
+    assert not state.exists()
 
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, "[1]", '{"host": 1}', "\xff", json.dumps({"pid": "../x"})])
