@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -37,7 +36,7 @@ NAMED_SO = {
     r"brats_?(17|18|19|20|2017|2018|2019|2020|2021)(?!\d)": ("brats2021",),
 }
 """How cases are called -> codings that they may have."""
-MAX_OPENED, MAX_NAMED = 8, 3
+MAX_OPENED, MAX_NAMED, LARGE = 8, 3, 2**20
 SAY_WHICH = "say which by data.labels.coding, or what each value becomes by data.labels.remap"
 
 Held = Mapping[str, frozenset[int]]
@@ -90,10 +89,9 @@ def _settle(subjects: Sequence[Subject], config: DataConfig, num_workers: int) -
     is_open = labels.coding == "auto" and not labels.remap and (config.layout == "brats_raw" or speaks_brats(labels))
     if not is_open and not can_merge(resolve_labels(labels, config.layout)):
         return Settled(config, "" if labels.coding == "auto" else labels.coding)
-    read = partial(_values, config=config)
-    found = ordered_map(read, subjects, num_workers, preload=__name__)
+    found = ordered_map(_values, subjects, num_workers, preload=__name__)
     held = {subject.id: values for subject, values in zip(subjects, found, strict=True)}
-    coding = _decide(held, subjects, config) if is_open else ""
+    coding = _decide(_usable(held, labels), subjects, config) if is_open else ""
     chosen = config.model_copy(update={"labels": labels.model_copy(update={"coding": coding or labels.coding})})
     usual = resolve_labels(labels, config.layout)
     if _effect(_union(held), resolve_labels(chosen.labels, config.layout)) == _effect(_union(held), usual):
@@ -102,12 +100,18 @@ def _settle(subjects: Sequence[Subject], config: DataConfig, num_workers: int) -
     return Settled(chosen, coding)
 
 
-def _values(subject: Subject, config: DataConfig) -> frozenset[int]:
-    """None where the mask cannot be read: then packing says why."""
+def _values(subject: Subject) -> frozenset[int]:
+    """Nothing where the mask cannot be read: then packing says why."""
     try:
         return frozenset(values_of(read_nifti(subject.mask, dtype=None).data, subject.mask)) - {0, -1}
     except DataFormatError:
         return frozenset()
+
+
+def _usable(held: Held, labels: LabelsConfig) -> Held:
+    """Without masks that have values of no coding: they are refused in any case, and decide nothing."""
+    known = set(labels.names).union(*CODINGS.values())
+    return {subject: values if values <= known else frozenset() for subject, values in held.items()}
 
 
 def _union(held: Held) -> frozenset[int]:
@@ -154,10 +158,10 @@ def _effects(values: Iterable[int], options: Mapping[str, LabelsConfig]) -> set[
 
 
 def _possible(values: frozenset[int], named_so: set[str], is_as_named: bool) -> list[str]:
-    """Codings that have all values; of those that have 4, without names of cases, the likely ones alone."""
+    """Codings that have all values: those that the names of the cases tell of, else the likely ones."""
     fitting = [coding for coding, meanings in CODINGS.items() if values <= set(meanings)]
-    if named_so:
-        return [coding for coding in fitting if coding in named_so]
+    if named := [coding for coding in fitting if coding in named_so]:
+        return named
     has_both = {3, 4} <= values
     unlikely = {"brats2024", "brats_ped"} if not has_both else {"brats_ped"} if is_as_named else set()
     return [coding for coding in fitting if coding not in unlikely]
@@ -208,11 +212,14 @@ def _looks_like_brain(subject: Subject, brain: int, config: DataConfig) -> bool 
         mask = np.rint(read_nifti(subject.mask, config.orientation, None).data)
         first = subject.images.get(config.modalities[0])
         image = read_nifti(first, config.orientation).data if first else None
+        step = 1 if mask.size < LARGE else 2
     except DataFormatError:
         return None
     if image is not None and (image.shape != mask.shape or not np.isfinite(image).all()):
         image = None
-    return is_body(mask == brain, mask > 0, None if image is None else above_background(image))
+    some = mask[::step, ::step, ::step]
+    inside = None if image is None else above_background(image[::step, ::step, ::step])
+    return is_body(some == brain, some > 0, inside)
 
 
 def _refuse_mixture(held: Held, named_so: set[str]) -> None:

@@ -179,6 +179,20 @@ def test_the_brain_is_never_taken_for_a_tumour(tmp_path: Path, layout: str) -> N
     np.testing.assert_array_equal(packed(alone, config())[0]["b"], odd)
 
 
+def test_one_odd_mask_decides_nothing(tmp_path: Path) -> None:
+    odd = coded({**BRATS2021, FOURTH: 7})
+    source = write_source(tmp_path / "in", {"a": coded(BRATS2021), "b": odd, "c": coded(BRATS2021)})
+    masks, report = packed(source, config(), skip_bad=True)
+    np.testing.assert_array_equal(masks["c"], coded(PACKED))
+    assert "unexpected labels [7] found" in report.failures[0]
+
+
+def test_cases_of_2021_with_values_of_2023(tmp_path: Path) -> None:
+    """As many convert them."""
+    source = write_source(tmp_path / "in", {"BraTS2021_00001": coded(BRATS2023)})
+    assert settled(source, config())[0] == "brats2023"
+
+
 def test_two_values_become_one_label_only_where_that_is_said(tmp_path: Path) -> None:
     names = {1: "node", 2: "gland"}
     two = {"a": coded({CORE: 1, EDEMA: 2, ENHANCING: 7})}
