@@ -142,6 +142,14 @@ def to_brats_raw(mask: NDArray[np.uint8], labels: LabelsConfig) -> NDArray[np.ui
     return raw
 
 
+def written_names(labels: LabelsConfig, mask_coding: str) -> dict[int, str]:
+    """Value -> name in masks that are written in this coding: packed, or brats_raw as by `to_brats_raw`."""
+    if mask_coding != "brats_raw":
+        return dict(labels.names)
+    to_raw = {BRATS_ENHANCING: BRATS_ENHANCING_ON_DISK}
+    return {to_raw.get(label, label): name for label, name in labels.names.items() if label != BRATS_BRAIN}
+
+
 def covers_foreground(labels: LabelsConfig) -> bool:
     """Whether the mask is, by its definition, all that is above background (skull-stripped brains)."""
     return labels.foreground_label is not None or "brain" in labels.names.values()

@@ -1,7 +1,8 @@
-"""What a source calls its labels, in the dataset.json of nnU-Net or the Decathlon, against the names of the scheme."""
+"""What a source calls its labels, against the names of the scheme: dataset.json (Decathlon, nnU-Net), BIDS tables."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,9 @@ from hpc_ddpm.config import LabelsConfig
 from hpc_ddpm.data.coding import become, meaning_of
 from hpc_ddpm.errors import DataFormatError
 
-DESCRIPTION = "dataset.json"
+DESCRIPTION, TABLE = "dataset.json", "dseg.tsv"
+BIDS_DEPTH = 4
+"""Folders above a mask that may hold its table: anat, ses-*, sub-*, and the root."""
 SAME_WORDS = {"cancer": "tumor", "tumour": "tumor", "lesion": "tumor", "tumours": "tumor", "tumors": "tumor"}
 
 
@@ -22,16 +25,18 @@ def refuse_contradictions(masks: Iterable[Path], given: LabelsConfig, resolved: 
     What `data.labels.remap` lists is the user's word, and stands.
 
     Args:
-        masks: files; dataset.json lies in their folder or in the one above.
+        masks: files; dataset.json lies in their folder or in the one above, dseg.tsv up to the root of a BIDS tree.
         given: the scheme as configured.
         resolved: with the rules of its coding.
 
     Raises:
         DataFormatError: names the file, the value, and both names.
     """
-    folders = {folder for mask in masks for folder in (mask.parent, mask.parent.parent)}
-    for file in sorted(folder / DESCRIPTION for folder in folders):
-        named = _read(file)
+    masks = list(masks)
+    folders = {folder for mask in masks for folder in list(mask.parents)[:BIDS_DEPTH]}
+    near = {folder for mask in masks for folder in list(mask.parents)[:2]}
+    for file in (*sorted(folder / DESCRIPTION for folder in near), *sorted(folder / TABLE for folder in folders)):
+        named = _read_table(file) if file.name == TABLE else _read(file)
         for value, name in named.items():
             label = become(value, resolved)
             if value in given.remap or label not in resolved.names:
@@ -55,6 +60,16 @@ def _read(file: Path) -> dict[int, str]:
     labels = content.get("labels") if isinstance(content, dict) else None
     pairs = labels.items() if isinstance(labels, dict) else ()
     return {value: name for value, name in map(_pair, pairs) if value > 0}
+
+
+def _read_table(file: Path) -> dict[int, str]:
+    """Value -> name by the columns `index` and `name`; empty where there are none."""
+    try:
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines(), delimiter="\t"))
+    except (OSError, ValueError, csv.Error):
+        return {}
+    pairs = (_pair((row.get("index") or "", row.get("name") or "")) for row in rows)
+    return {value: name for value, name in pairs if value > 0}
 
 
 def _pair(entry: tuple[str, Any]) -> tuple[int, str]:

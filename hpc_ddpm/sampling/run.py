@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hpc_ddpm.config import Config
-from hpc_ddpm.data.labels import to_brats_raw
+from hpc_ddpm.data.labels import to_brats_raw, written_names
 from hpc_ddpm.data.shards import INDEX
 from hpc_ddpm.data.team import Team
 from hpc_ddpm.distributed import StopFlag
@@ -122,7 +122,8 @@ def run_sampling(
             todo = items
         _check_space(folder, config, todo, say)
         if "bids" in config.sampling.output.formats:
-            describe_dataset(out, package_versions(), config.data.labels.names, writer.scratch)
+            names = written_names(config.data.labels, config.sampling.output.mask_coding)
+            describe_dataset(out, package_versions(), names, writer.scratch)
         with exact_kernels(config, device):
             finisher = Finisher(folder, config, weights, model, writer.scratch, fidelity, team.run)
             worker = Worker(model, folder, todo, writer, team, finisher, stop, retry, on_volume)

@@ -13,6 +13,7 @@ from hpc_ddpm.data.labels import (
     one_hot,
     remap_labels,
     to_brats_raw,
+    written_names,
 )
 from hpc_ddpm.data.nifti import read_nifti
 from hpc_ddpm.errors import ConfigError, DataFormatError
@@ -56,6 +57,8 @@ def test_back_to_raw_brats() -> None:
     raw = to_brats_raw(mask, labels)
     assert raw.tolist() == [0, 1, 2, 4, 0]
     assert remap_labels(raw, brats_raw_labels(labels), Path("x")).tolist() == [0, 1, 2, 3, 0]
+    assert written_names(labels, "brats_raw") == {1: "necrotic_core", 2: "edema", 4: "enhancing_tumour"}
+    assert written_names(labels, "packed") == labels.names
     with pytest.raises(ConfigError, match="needs labels 1, 2, 3 and 4"):
         to_brats_raw(mask, LabelsConfig())
 

@@ -68,3 +68,14 @@ def test_a_remap_is_the_users_word(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[1]", '{"labels": ["liver"]}', '{"name": "x"}'])
 def test_other_files_of_this_name_say_nothing(tmp_path: Path, content: str) -> None:
     look(tmp_path, content, LIVER)
+
+
+def test_the_table_of_a_bids_tree(tmp_path: Path) -> None:
+    mask, scheme = tmp_path / "sub-1" / "ses-1" / "anat" / "sub-1_ses-1_dseg.nii.gz", LabelsConfig(names=LIVER)
+    (tmp_path / "dseg.tsv").write_text("index\tname\n0\tbackground\n1\tLiver\n2\ttumor\n")
+    refuse_contradictions([mask], scheme, scheme)
+    (tmp_path / "dseg.tsv").write_text("index\tname\n1\ttumor\n2\tliver\n")
+    with pytest.raises(DataFormatError, match=r"dseg.tsv: value 1 is called 'tumor'"):
+        refuse_contradictions([mask], scheme, scheme)
+    (tmp_path / "dseg.tsv").write_text("index;name\n1;tumor\n")
+    refuse_contradictions([mask], scheme, scheme)
