@@ -152,18 +152,20 @@ def stats(packed: Packed, as_json: Json = False) -> None:
 @data_app.command()
 def split(
     packed: Packed,
-    val: Annotated[float, typer.Option(help="Share of subjects for validation.")] = 0.1,
-    test: Annotated[float, typer.Option(help="Share of subjects for testing.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Another seed draws other subjects.")] = 0,
-    table: Annotated[Path | None, typer.Option(help="Instead: a table with columns subject and split.")] = None,
+    val: Annotated[float, typer.Option(help="Share of patients for validation.")] = 0.1,
+    test: Annotated[float, typer.Option(help="Share of patients for testing.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Another seed draws others.")] = 0,
+    table: Annotated[
+        Path | None, typer.Option(help="Instead: a table with columns subject and split; or where --group's column is.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="As data.group: auto, subject, a column of --table, or a pattern of the names.")
+    ] = None,
 ) -> None:
     """Divide the subjects anew, by a hash of seed and id or by a table; only index.json is written."""
-    from hpc_ddpm.data.resplit import draw_splits, resplit
-    from hpc_ddpm.data.shards import read_index
-    from hpc_ddpm.data.table import read_splits
+    from hpc_ddpm.data.resplit import divide
 
-    splits = read_splits(table) if table else draw_splits(read_index(packed).id, val, test, seed)
-    counts = resplit(packed, splits)
+    counts = divide(packed, val, test, seed, table, group)
     typer.echo(f"{packed}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
@@ -193,3 +195,22 @@ def export(
             progress=lambda done, total: update(done, total, ""),
         )
     typer.echo(f"{count} subjects in {out}")
+
+
+@data_app.command("table")
+def draft(
+    source: Annotated[Path, typer.Argument(help="Folder with volumes anywhere below.")],
+    out: Annotated[Path, typer.Option("--out", "-o", dir_okay=False, help="The .csv or .tsv table to write.")],
+) -> None:
+    """Draft a table of subjects for a source that no layout fits: look through it, edit it, then pack the table."""
+    from hpc_ddpm.data.draft import draft_table, write_draft
+    from hpc_ddpm.files import writing_to
+
+    table = draft_table(source)
+    with writing_to(out.parent):
+        write_draft(table, source, out)
+    roles = ", ".join(name for name in table.columns if name not in ("subject", "patient", "note"))
+    typer.echo(f"{out}: {len(table.rows)} subjects with columns {roles}; {table.num_sure} are clear")
+    for row in [row for row in table.rows if row["note"] != "yes"][:8]:
+        typer.echo(f"  {row['subject'] or '(no name)'}: {row['note']}")
+    typer.echo(f"look through it, mend the others, then: hpc-ddpm data check {out} --config ...")

@@ -186,7 +186,7 @@ def _masks(out: Path, masks: Path | None, split: str | None, given: Sequence[str
 
     covariates = config.data.covariates
     if masks is not None:
-        found, note = with_coding(find_mask_files(masks, covariates), config.data)
+        found, note = with_coding(find_mask_files(masks, covariates, config.data), config.data)
         if note and detect_ranks().is_main:
             print(note)
     elif split is None and read_manifest(out):

@@ -20,6 +20,9 @@ from launch.submit_checks import SEGMENTER
 if TYPE_CHECKING:
     from hpc_ddpm.data.pack import PackReport
 
+MAX_UNUSED = 40
+"""Files without a partner that `pack` lists."""
+
 
 def pack_stage(
     source: Path,
@@ -70,9 +73,10 @@ def _tell_packed(report: PackReport, ranks: Ranks) -> None:
     print(f"packed {report.num_subjects} subjects{there}: {splits}; {report.path}")
     if report.coding:
         print(report.coding)
-    for line in [f"not paired: {entry}" for entry in report.unmatched] + [
-        f"left out: {line}" for line in report.failures
-    ]:
+    unused = [f"not paired: {entry}" for entry in report.unmatched]
+    if len(unused) > MAX_UNUSED:
+        unused = [*unused[:MAX_UNUSED], f"and {len(unused) - MAX_UNUSED} more; `hpc-ddpm data check --json` lists all"]
+    for line in unused + [f"left out: {line}" for line in report.failures]:
         print(line, file=sys.stderr)
     if report.labels_never_found:
         print(f"no mask has the label {', '.join(report.labels_never_found)}: check the scheme", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -109,8 +110,8 @@ class HookConfig(Section):
         return self
 
 
-READING_SETTINGS = frozenset({"path", "num_workers", "patch_size", "cache", "stage_dir"})
-"""Of DataConfig: how a packed dataset is read. All others decide what is packed."""
+READING_SETTINGS = frozenset({"path", "num_workers", "patch_size", "cache", "stage_dir", "group"})
+"""Of DataConfig: how a packed dataset is read and divided. All others decide what is packed."""
 
 
 class DataConfig(Section):
@@ -118,8 +119,12 @@ class DataConfig(Section):
 
     path: str = ""
     """Packed dataset (a directory with index.json) that training and sampling read."""
-    layout: Literal["auto", "tree", "brats_raw", "bids", "table"] = "auto"
-    """How the source is organised: mask/ + one folder per modality, one folder per BraTS case, BIDS, or a table."""
+    layout: Literal[
+        "auto", "table", "tree", "nnunet", "decathlon", "bids", "freesurfer", "brats_raw", "cases", "chaos", "flat"
+    ] = "auto"
+    """How the source is organised, see the table in docs/data.md; auto finds out."""
+    names: dict[str, Names] = {}
+    """Words for a role (mask or a modality) at the end of files' names, instead of the usual: {t1ce: [T1gad]}."""
     modalities: Names = ("t1",)
     """Image channels, in order."""
     size: tuple[int, int, int] = (128, 128, 128)
@@ -154,6 +159,9 @@ class DataConfig(Section):
     """Voxels that are compressed and read together, (X, Y, Z); null is the whole volume. Set it for patches."""
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of subjects held out (at least one where there are two), chosen by a hash of the subject id."""
+    group: str = Field(default="auto", min_length=1)
+    """Who stays in one split. auto: the patient, as layout, table or name tell; subject: everyone alone; else a
+    column of the table, or a pattern with the patient in parentheses, such as '(P[0-9]+)_.*'."""
     num_workers: int = Field(default=2, ge=0)
     """Threads per rank that read ahead; 0 reads when a batch is needed."""
     patch_size: tuple[int, int, int] | None = None
@@ -211,10 +219,31 @@ class DataConfig(Section):
         reserved = {"subject", "participant_id", "mask", "split", *self.modalities} & set(self.covariates)
         if reserved:
             raise ValueError(f"covariates cannot be called {', '.join(sorted(reserved))}: those columns mean something")
+        self._check_names()
+        if "(" in self.group:
+            _check_pattern("group", self.group)
         unknown = {name for hook in self.hooks for name in hook.modalities} - set(self.modalities)
         if unknown:
             raise ValueError(f"hooks are for {sorted(unknown)}, not among modalities {list(self.modalities)}")
         return self
+
+    def _check_names(self) -> None:
+        unknown = sorted(set(self.names) - {"mask", *self.modalities})
+        if unknown:
+            raise ValueError(f"names are for {unknown}, neither mask nor among modalities {list(self.modalities)}")
+        empty = [role for role, words in self.names.items() if not words or not all(words)]
+        if empty:
+            raise ValueError(f"names of {empty} are empty; give how the files' names end")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    """Raises ValueError where a regular expression is none, or has no group."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{name} {pattern!r} is not a regular expression ({error})") from None
+    if not groups:
+        raise ValueError(f"{name} {pattern!r} has no part in parentheses to be the patient")
 
 
 class ModelConfig(Section):

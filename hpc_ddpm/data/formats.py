@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_ddpm.data.dicom import is_series, series_files
+from hpc_ddpm.data.series import split_series
 from hpc_ddpm.errors import DataFormatError
 
 GZIPPED = (".nii.gz", ".mgz")
@@ -81,7 +82,7 @@ def pair_of(path: Path) -> tuple[Path, Path]:
 
 def volume_files(path: Path) -> list[Path]:
     """The files that a volume consists of."""
-    path = inner_file(path)
+    path = inner_file(split_series(path)[0])
     return series_files(path) or png_files(path) if path.is_dir() else list(dict.fromkeys(pair_of(path)))
 
 

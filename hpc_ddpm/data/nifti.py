@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from hpc_ddpm.data.dicom import read_series, read_slices
 from hpc_ddpm.data.formats import EXPECTED, NIBABEL, SUFFIXES, Header, inner_file
 from hpc_ddpm.data.nibabel_reader import open_header, read_array, read_facts
+from hpc_ddpm.data.series import split_series
 from hpc_ddpm.errors import ConfigError, DataFormatError, HpcDdpmError
 from hpc_ddpm.files import atomic_path
 
@@ -52,7 +53,7 @@ def read_nifti(
     """Read a volume with its scale factors applied and its axes brought to `orientation`.
 
     Args:
-        path: a file, see `formats.SUFFIXES`, or a folder with one DICOM series.
+        path: a file, see `formats.SUFFIXES`, a folder with one DICOM series, or one volume of a 4-D file (FILE#NUMBER).
         orientation: axis codes such as RAS or LPS, or `native`.
         dtype: of the result; None keeps the file's own (float64 where the file has scale factors).
         channels: accept 4-D files, as (C, D, H, W); else a 4-D file must hold a single volume.
@@ -62,7 +63,10 @@ def read_nifti(
         ConfigError: a DICOM series, and its reader is not installed.
     """
     path = Path(path)
-    data, affine = _load(path, dtype)
+    file, number = split_series(path)
+    data, affine = _load(file, dtype if number is None else None)
+    if number is not None:
+        data = _one_of(data, number, path).astype(dtype or data.dtype, copy=False)
     while data.ndim > 4 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.ndim == 4 and data.shape[3] == 1 and not channels:
@@ -78,17 +82,29 @@ def read_nifti(
     return Volume(np.ascontiguousarray(oriented.T), affine @ inv_ornt_aff(transform, file_shape), file_shape, affine)
 
 
+def _one_of(data: NDArray[Any], number: int, path: Path) -> NDArray[Any]:
+    """A volume of a 4-D array (X, Y, Z, N)."""
+    count = data.shape[3] if data.ndim == 4 else 0
+    if number >= count:
+        raise DataFormatError(
+            f"{path}: shape {data.shape} found, 4-D with more than {number} volumes expected; is it the right file?",
+            "series",
+        )
+    return data[..., number]
+
+
 def read_header(path: str | Path) -> Header:
     """Read what `Header` holds; the voxels are not looked at.
 
     Raises:
         DataFormatError: missing or damaged; names the file.
     """
-    path = Path(path)
+    path, number = split_series(Path(path))
     with _reading(path):
         place = inner_file(path)
         if not place.is_dir():
-            return read_facts(_named(place))
+            facts = read_facts(_named(place))
+            return facts if number is None else replace(facts, shape=facts.shape[:3])
         slices = read_slices(place)
         columns, rows, frames = slices[0].shape
         return Header(

@@ -21,10 +21,20 @@ import numpy as np
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.discover import Discovery, Subject, Unmatched, discover
 from hpc_ddpm.data.hooks import check_hooks
+from hpc_ddpm.data.patients import beyond_names, refuse_torn
 from hpc_ddpm.data.plan import Row, build_plan, build_rows, digest_at, digest_of
 from hpc_ddpm.data.pool import Progress, run_shares
 from hpc_ddpm.data.settle import settle
-from hpc_ddpm.data.shards import INDEX, SPLITS, Index, ShardEntry, open_reader, read_index, write_index
+from hpc_ddpm.data.shards import (
+    INDEX,
+    SPLITS,
+    Index,
+    ShardEntry,
+    open_reader,
+    read_index,
+    with_patients,
+    write_index,
+)
 from hpc_ddpm.data.share import FIRST_WAIT_S, STATE, Job
 from hpc_ddpm.data.split import split_subjects
 from hpc_ddpm.data.team import Team
@@ -93,6 +103,7 @@ def pack(
     """
     check_hooks(config)
     found, out = discover(source, config), Path(out)
+    refuse_torn(str(source), ((subject.id, subject.patient, subject.split) for subject in found.subjects))
     config = config.model_copy(update={"layout": found.layout, "path": ""})
     config, coding = _settle(out, config, found.subjects, num_workers, overwrite)
     rows, num_written, is_complete = build_rows(config, found.subjects), 0, True
@@ -230,12 +241,14 @@ def _entries(job: Job) -> list[ShardEntry]:
         for number, row in enumerate(shard.rows)
         if str(number) not in new[shard.number]["left_out"]
     ]
-    splits = split_subjects([subject for _, _, subject in done], job.plan.config.val_fraction, job.plan.splits)
+    plan = job.plan
+    known = {subject: (plan.patients.get(subject, subject), split) for subject, split in plan.splits.items()}
+    splits = split_subjects([subject for _, _, subject in done], plan.config.val_fraction, known)
     for (shard, number, _), split in zip(done, splits, strict=True):
         if split != "train":
             (new[shard]["val"] if split == "val" else new[shard]["test"]).append(number)
-    entries = {**job.plan.kept, **new}
-    return [entries[number] for number in sorted(entries)]
+    entries, told = {**plan.kept, **new}, beyond_names(plan.patients, plan.config.group)
+    return [with_patients(entries[number], told) for number in sorted(entries)]
 
 
 def _remove_surplus(out: Path) -> None:

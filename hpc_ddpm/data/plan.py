@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -80,6 +80,8 @@ class Plan:
     """Of subjects that are or were published."""
     shards: tuple[Shard, ...]
     """To be written."""
+    patients: Mapping[str, str]
+    """Whose each wanted subject is."""
     replaces: bool = False
     """Whether a published dataset, of which nothing is kept, makes way when all of this one is written."""
 
@@ -130,12 +132,13 @@ def build_plan(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: bo
             that must not be replaced has the name of a shard to be written.
     """
     published: list[ShardEntry] = []
-    plan = Plan(config, {}, {}, chunks(config, rows, 0), replaces=(out / INDEX).exists())
+    patients = {row.subject.id: row.subject.patient or row.subject.id for row in rows}
+    plan = Plan(config, {}, {}, chunks(config, rows, 0), patients, replaces=(out / INDEX).exists())
     if plan.replaces:
         try:
             index = read_index(out)
             published = index.shards
-            plan = _extend(out, index, config, rows)
+            plan = replace(_extend(out, index, config, rows), patients=patients)
         except DataFormatError as error:
             if not overwrite:
                 raise DataFormatError(f"{error}; {ELSEWHERE}") from None
@@ -182,7 +185,7 @@ def _extend(out: Path, index: Index, config: DataConfig, rows: Sequence[Row]) ->
         kept[number] = entry
     _refuse(out, problems)
     new = [row for row in rows if row.subject.id not in taken]
-    return Plan(config, kept, splits, (*lost, *chunks(config, new, len(index.shards))))
+    return Plan(config, kept, splits, (*lost, *chunks(config, new, len(index.shards))), {})
 
 
 def _check_names(out: Path, plan: Plan, published: Collection[str], overwrite: bool) -> None:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import h5py
 import hdf5plugin  # noqa: F401  (registers the filters)
@@ -40,6 +40,7 @@ from hpc_ddpm.config import READING_SETTINGS, CovariateConfig, DataConfig
 from hpc_ddpm.data.chunks import UNDECODABLE, VOLUMES, OpenShard, crc32
 from hpc_ddpm.data.geometry import Geometry
 from hpc_ddpm.data.nifti import Affine
+from hpc_ddpm.data.patients import patient_by_name
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import first_unfit, reading_from, write_json
 
@@ -137,6 +138,20 @@ class ShardEntry(TypedDict):
     crc32_image: str
     """`to_hex` of the shard's column, row by row."""
     crc32_mask: str
+    patients: NotRequired[dict[str, str]]
+    """Row number to the first subject of its patient; only where names do not tell the patient, see `patients.py`."""
+
+
+OPTIONAL = ("patients",)
+"""Keys of `ShardEntry` that may be absent."""
+
+
+def with_patients(entry: ShardEntry, patients: Mapping[str, str]) -> ShardEntry:
+    """The entry with these patients (subject -> first subject of its patient) instead of its own."""
+    rows = {str(row): patients[subject] for row, subject in enumerate(entry["id"]) if subject in patients}
+    bare = entry.copy()
+    bare.pop("patients", None)
+    return {**bare, "patients": rows} if rows else bare
 
 
 @dataclass(frozen=True)
@@ -159,6 +174,23 @@ class Index:
         text = entry["crc32_image"] if name == "image" else entry["crc32_mask"]
         width, row = len(text) // len(entry["id"]), self.row[index]
         return text[row * width : (row + 1) * width]
+
+    @property
+    def patients(self) -> dict[str, str]:
+        """Whose each packed subject is.
+
+        Raises:
+            DataFormatError: a pattern of data.group does not match.
+        """
+        try:
+            rows = (
+                (entry["id"], row, first) for entry in self.shards for row, first in entry.get("patients", {}).items()
+            )
+            told = {ids[int(row)]: str(first) for ids, row, first in rows}
+        except (AttributeError, ValueError, LookupError, TypeError) as error:
+            raise DataFormatError(f"{INDEX}: not readable: patients ({error}); copy it again or pack again") from None
+        group = self.config.group
+        return {subject: told.get(subject) or patient_by_name(subject, group) for subject in self.id}
 
     @property
     def left_out(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Who is held out: a function of the subject id, so that it stays when subjects are added."""
+"""Who is held out: a function of the subject id, so that it stays when subjects are added; a patient is never torn."""
 
 from __future__ import annotations
 
@@ -6,33 +6,39 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 from hpc_ddpm.data.discover import Subject
+from hpc_ddpm.data.patients import first_subjects
 
 
 def split_subjects(
-    subjects: Sequence[Subject], val_fraction: float, known: Mapping[str, str] | None = None
+    subjects: Sequence[Subject], val_fraction: float, known: Mapping[str, tuple[str, str]] | None = None
 ) -> list[str]:
-    """train, val or test for each subject: the known one, else its own, else by a hash of its id.
+    """train, val or test for each subject: the known one, else its own, else that of its patient, else by a hash.
 
-    Of two or more subjects without one, at least one is in val (if val_fraction > 0) and one in train; once
-    splits are known, the hash alone decides.
+    The hash is that of the first subject of the patient. Of two or more patients without a split, at least one is in
+    val (if val_fraction > 0) and one in train; once splits are known, the hash alone decides.
+
+    Args:
+        subjects: with their patients.
+        val_fraction: share of the patients.
+        known: subject -> (patient, split), also of others than `subjects`.
     """
-    if known:
-        return [known.get(subject.id) or subject.split or _by_hash(subject.id, val_fraction) for subject in subjects]
-    splits = [subject.split or "" for subject in subjects]
-    free = [index for index, split in enumerate(splits) if not split]
-    free.sort(key=lambda index: _fraction(subjects[index].id))
-    held_out = sum(_fraction(subjects[index].id) < val_fraction for index in free)
-    if len(free) > 1 and val_fraction > 0:
-        held_out = min(max(held_out, 0 if "val" in splits else 1), len(free) - 1)
-    elif len(free) == 1:
+    known = known or {}
+    settled = {patient: split for patient, split in reversed(list(known.values()))}
+    patients = [subject.patient or subject.id for subject in subjects]
+    splits = [known[subject.id][1] if subject.id in known else subject.split for subject in subjects]
+    for patient, split in zip(patients, splits, strict=True):
+        if split:
+            settled.setdefault(patient, split)
+    first = first_subjects({subject.id: patient for subject, patient in zip(subjects, patients, strict=True)})
+    free = {first[subject.id]: patient for subject, patient in zip(subjects, patients, strict=True)}
+    order = sorted((one for one, patient in free.items() if patient not in settled), key=_fraction)
+    held_out = sum(_fraction(one) < val_fraction for one in order)
+    if not known and len(order) > 1 and val_fraction > 0:
+        held_out = min(max(held_out, 0 if "val" in splits else 1), len(order) - 1)
+    elif not known and len(order) == 1:
         held_out = 0
-    for rank, index in enumerate(free):
-        splits[index] = "val" if rank < held_out else "train"
-    return splits
-
-
-def _by_hash(subject: str, val_fraction: float) -> str:
-    return "val" if _fraction(subject) < val_fraction else "train"
+    settled |= {free[one]: "val" if rank < held_out else "train" for rank, one in enumerate(order)}
+    return [split or settled[patient] for patient, split in zip(patients, splits, strict=True)]
 
 
 def _fraction(subject: str) -> float:

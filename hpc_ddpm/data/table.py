@@ -15,6 +15,8 @@ from hpc_ddpm.files import is_file_name
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json")
 SPLITS = ("train", "val", "test")
+PATIENT_COLUMNS = ("patient", "patient_id", "participant_id")
+"""Columns that name the patient of a subject without being asked for; the first that is there counts."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def read_table(path: Path, modalities: tuple[str, ...]) -> list[Row]:
     Raises:
         DataFormatError: unreadable, a missing column or cell, a path that climbs out, a wrong split.
     """
-    records = _records(path)
+    records = read_records(path)
     if not records:
         raise DataFormatError(f"{path}: no rows found; expected one per subject")
     columns = {"subject", "mask", *modalities}
@@ -54,9 +56,14 @@ def read_table(path: Path, modalities: tuple[str, ...]) -> list[Row]:
 
 
 def table_modalities(path: Path) -> tuple[str, ...]:
-    """The columns of a table that are not subject, mask or split, in their order."""
-    names = dict.fromkeys(name for record in _records(path) for name in record)
-    return tuple(name for name in names if name.lower() not in {"subject", "mask", "split"})
+    """The columns of a table that are not subject, patient, mask or split, in their order."""
+    names = dict.fromkeys(name for record in read_records(path) for name in record)
+    return tuple(name for name in names if name.lower() not in {"subject", "mask", "split", *PATIENT_COLUMNS})
+
+
+def has_column(path: Path, name: str) -> bool:
+    """Whether a table has this column, in any case."""
+    return any(str(column).lower() == name for record in read_records(path) for column in record)
 
 
 def read_splits(path: Path) -> dict[str, str]:
@@ -66,7 +73,7 @@ def read_splits(path: Path) -> dict[str, str]:
         DataFormatError: unreadable, a missing column or cell, a wrong split, or a subject with two.
     """
     splits: dict[str, str] = {}
-    for number, record in enumerate(_records(path), start=1):
+    for number, record in enumerate(read_records(path), start=1):
         cells = {str(name).lower(): str(value or "").strip() for name, value in record.items()}
         subject, split, place = cells.get("subject", ""), cells.get("split", ""), f"{path}, row {number}"
         if not subject or split not in SPLITS:
@@ -87,7 +94,7 @@ def read_columns(path: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
     """
     wanted = {name.lower(): name for name in names}
     rows: dict[str, dict[str, str]] = {}
-    for number, record in enumerate(_records(path), start=1):
+    for number, record in enumerate(read_records(path), start=1):
         cells = {str(name).lower(): "" if value is None else str(value).strip() for name, value in record.items()}
         subject = cells.get("subject") or cells.get("participant_id")
         if not subject:
@@ -98,7 +105,8 @@ def read_columns(path: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
     return rows
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .csv, .tsv or .json table, as they are; raises DataFormatError where it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":

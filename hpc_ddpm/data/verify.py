@@ -19,9 +19,12 @@ from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.check.findings import Finding
 from hpc_ddpm.data.labels import count_labels
 from hpc_ddpm.data.parallel import ordered_map, process_pool
+from hpc_ddpm.data.patients import torn_patients
 from hpc_ddpm.data.shards import (
     INDEX,
     INT16_SCALE,
+    OPTIONAL,
+    SPLITS,
     Index,
     ShardEntry,
     config_digest,
@@ -94,7 +97,7 @@ def verify(
         return [Finding("index-damaged", str(error).splitlines()[0].removeprefix(f"{path / INDEX}: "))]
     settings = config_digest(index.config)
     shards = [_Shard(path / entry["file"], entry, index.config, settings) for entry in index.shards]
-    findings = [*_check_index(index), *_check_folder(path, index)]
+    findings = [*_check_index(index), *_check_patients(index), *_check_folder(path, index)]
     judge = partial(_check_shard, deep=deep)
     for number, found in enumerate(ordered_map(judge, shards, num_workers, preload=__name__), start=1):
         findings += found
@@ -108,9 +111,10 @@ def verify(
 
 def _check_types(shards: list[ShardEntry]) -> None:
     """Refuse entries that lack a key or have another type than `ShardEntry` says."""
-    wanted = {name: get_origin(hint) or hint for name, hint in get_type_hints(ShardEntry).items()}
+    hints = {name: get_origin(hint) or hint for name, hint in get_type_hints(ShardEntry).items()}
     for number, entry in enumerate(shards):
         found: dict[str, type] = {name: type(value) for name, value in entry.items()}
+        wanted = {name: hint for name, hint in hints.items() if name in found or name not in OPTIONAL}
         if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
             raise DataFormatError(f"shard {number}: {', '.join(wrong)} missing, unknown or of another type")
 
@@ -124,6 +128,19 @@ def _check_index(index: Index) -> Findings:
     for file, count in Counter(files).items():
         if count > 1:
             yield Finding("index-mismatch", f"shard {file} is named {count} times, once expected", (), INDEX)
+
+
+def _check_patients(index: Index) -> Findings:
+    """Patients whose subjects are in two splits."""
+    try:
+        patients = index.patients
+    except DataFormatError as error:
+        yield Finding("index-mismatch", str(error), (), INDEX)
+        return
+    splits = (SPLITS[code] for code in index.split.tolist())
+    rows = ((subject, patients[subject], split) for subject, split in zip(index.id, splits, strict=True))
+    for patient, subjects in torn_patients(rows).items():
+        yield Finding("leaking-patient", f"subjects of patient {patient} are in two splits", tuple(subjects), INDEX)
 
 
 def _check_folder(path: Path, index: Index) -> Findings:

@@ -9,7 +9,8 @@ import numpy as np
 
 from hpc_ddpm.config import Config, load_config
 from hpc_ddpm.data.coding import brats_raw_labels
-from hpc_ddpm.data.discover import find_layout, find_masks, source_modalities
+from hpc_ddpm.data.discover import find_layout, source_modalities
+from hpc_ddpm.data.find_masks import find_masks
 from hpc_ddpm.data.nifti import read_nifti
 from hpc_ddpm.errors import DataFormatError
 

@@ -21,9 +21,10 @@ from hpc_ddpm.data.covariates import (
     to_numbers,
     to_values,
 )
-from hpc_ddpm.data.discover import Subject, find_layout, find_masks
+from hpc_ddpm.data.discover import Subject, find_layout, roles_of
+from hpc_ddpm.data.find_masks import NO_ROLES, FoundMask, find_mask_subjects
 from hpc_ddpm.data.geometry import Geometry
-from hpc_ddpm.data.labels import count_labels
+from hpc_ddpm.data.labels import count_labels, covers_foreground
 from hpc_ddpm.data.nifti import axis_codes, voxel_size_mm
 from hpc_ddpm.data.preprocess import prepare_mask
 from hpc_ddpm.data.settle import settle
@@ -49,6 +50,8 @@ class MaskSource:
     """What its values mean, see `data.labels.coding`; auto is what the layout implies."""
     root: str = ""
     """Folder that was given for it."""
+    images: tuple[str, ...] = ()
+    """Files of the model's modalities beside the mask, in order; none where one is missing or no label needs them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +72,15 @@ class Mask:
         return hashlib.sha256(np.ascontiguousarray(self.labels).data).hexdigest()
 
 
-def find_mask_files(path: Path, covariates: Covariates = NO_COVARIATES) -> list[MaskSource]:
-    """Mask files of a folder, tree, table or single file, with those of the covariates that a table there holds.
+def find_mask_files(
+    path: Path, covariates: Covariates = NO_COVARIATES, data: DataConfig | None = None
+) -> list[MaskSource]:
+    """Mask files of a folder, any layout, table or single file, with those of the covariates that a table there holds.
+
+    Args:
+        path: a source as `pack` takes it, a folder of masks, or a mask.
+        covariates: of the model.
+        data: of the model: its modalities are looked for beside the masks, by its `names`.
 
     Raises:
         DataFormatError: nothing found, or a covariate's cell is wrong.
@@ -82,13 +92,13 @@ def find_mask_files(path: Path, covariates: Covariates = NO_COVARIATES) -> list[
     table = find_table(path) if covariates else None
     rows = read_columns(table, covariates) if table else {}
 
-    def of(mask_id: str) -> dict[str, float | str]:
-        return known_values(find_row(rows, mask_id) or {}, covariates, f"{table}, {mask_id}")
+    def of(mask: FoundMask) -> MaskSource:
+        known = known_values(find_row(rows, mask.id) or {}, covariates, f"{table}, {mask.id}")
+        images = tuple(str(image.absolute()) for image in mask.images if data and covers_foreground(data.labels))
+        return MaskSource(mask.id, str(mask.file.resolve()), layout, known, images=images)
 
     root = str((path if path.is_dir() else path.parent).resolve())
-    return [
-        MaskSource(mask_id, str(file.resolve()), layout, of(mask_id), root=root) for mask_id, file in find_masks(path)
-    ]
+    return [replace(of(mask), root=root) for mask in find_mask_subjects(path, roles_of(data) if data else NO_ROLES)]
 
 
 def find_packed_masks(
@@ -165,7 +175,7 @@ def load_mask(source: MaskSource, config: Config) -> Mask:
     may_change = config.sampling.mask_fit == "resample"
     if data.fit == "exact" and may_change:
         data = data.model_copy(update={"fit": "crop_pad"})
-    mask, _, geometry = prepare_mask(path, data)
+    mask, _, geometry = prepare_mask(path, data, [Path(image) for image in source.images])
     changes = _changes(mask, geometry, data)
     if changes and not may_change:
         raise DataFormatError(

@@ -32,8 +32,14 @@ def below_root(path: str, root: str) -> str:
 
 def item_record(item: Item) -> dict[str, Any]:
     """What a sidecar says of its item."""
-    record = asdict(item) | {"mask": below_root(item.mask, item.root)}
-    return {name: value for name, value in record.items() if name != "root"}
+    record = asdict(_below_root(item))
+    return {name: value for name, value in record.items() if name != "root" and (name != "images" or value)}
+
+
+def _below_root(item: Item) -> Item:
+    """With its files as seen from its root."""
+    images = tuple(below_root(image, item.root) for image in item.images)
+    return replace(item, mask=below_root(item.mask, item.root), images=images, root="")
 
 
 def weights_record(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +81,7 @@ def share_set(out: Path, shared: Path) -> int:
     if shared.exists() and (not shared.is_dir() or any(shared.iterdir())):
         raise ConfigError(f"{shared}: not an empty folder; choose another place for the set that is shared")
     done = folder.done()
-    items = [replace(item, mask=below_root(item.mask, item.root), root="") for item in read_manifest(folder.path)]
+    items = [_below_root(item) for item in read_manifest(folder.path)]
     finished = [item for item in items if item.id in done]
     for name in _files(folder, finished):
         _link(folder.path / name, shared / name)

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data.bids import parse_name
-from hpc_ddpm.data.discover import Discovery, discover, find_layout, find_masks, source_modalities
+from hpc_ddpm.data.discover import Discovery, discover, find_layout, source_modalities
+from hpc_ddpm.data.find_masks import find_masks
+from hpc_ddpm.data.layouts.bids import parse_name
 from hpc_ddpm.errors import DataFormatError
 
 

@@ -12,7 +12,8 @@ from dicom_files import true_affine, write_series, write_slice
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.check.run import check
-from hpc_ddpm.data.discover import discover, find_masks
+from hpc_ddpm.data.discover import discover
+from hpc_ddpm.data.find_masks import find_masks
 from hpc_ddpm.data.nifti import axis_codes, read_header, read_nifti
 from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.plan import build_rows

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from hpc_ddpm.config import DataConfig
-from hpc_ddpm.data.discover import discover, find_layout, find_masks, source_modalities
+from hpc_ddpm.data.discover import discover, find_layout, source_modalities
+from hpc_ddpm.data.find_masks import find_masks
 from hpc_ddpm.errors import DataFormatError
 
 BRATS = ("t1", "t1ce", "t2", "flair")
@@ -190,6 +191,8 @@ def test_find_masks(tmp_path: Path) -> None:
     assert [name for name, _ in find_masks(tmp_path / "tree")] == ["c"]
     assert find_masks(tmp_path / "raw") == [("d", tmp_path / "raw" / "d" / "d-seg.nii")]
     touch(tmp_path, "flat/a_mask.nii")
+    assert find_masks(tmp_path / "flat")[0] == ("a", tmp_path / "flat" / "a_mask.nii"), "beside it a.nii.gz is an image"
+    touch(tmp_path, "flat/a_seg.nii")
     with pytest.raises(DataFormatError, match="more than one mask for a"):
         find_masks(tmp_path / "flat")
     touch(tmp_path, "empty/mask/readme.txt")

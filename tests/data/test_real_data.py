@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hpc_ddpm.config import load_config
-from hpc_ddpm.data.discover import find_masks
+from hpc_ddpm.data.find_masks import find_masks
 from hpc_ddpm.data.geometry import restore
 from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.data.pack import pack

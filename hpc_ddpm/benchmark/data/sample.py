@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.coding import resolve_labels
 from hpc_ddpm.data.discover import MASK, discover
-from hpc_ddpm.data.nifti import write_nifti
+from hpc_ddpm.data.nifti import read_nifti, write_nifti
 from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.phantom import write_phantoms
+from hpc_ddpm.data.series import split_series
 from hpc_ddpm.data.settle import settle
 from hpc_ddpm.data.shards import INT16_SCALE, Packed, open_packed
 
@@ -86,9 +87,14 @@ def _link_first(source: Path, config: DataConfig, tree: Path) -> DataConfig:
     found = discover(source, config)
     subject = found.subjects[0]
     for role, path in {MASK: subject.mask, **subject.images}.items():
-        ending = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
+        file, number = split_series(path)
+        ending = ".nii.gz" if file.name.endswith(".nii.gz") else file.suffix
         (tree / role).mkdir(parents=True)
-        (tree / role / f"{subject.id}{ending}").symlink_to(path.resolve())
+        if number is None:
+            (tree / role / f"{subject.id}{ending}").symlink_to(file.resolve())
+        else:
+            volume = read_nifti(path)
+            write_nifti(tree / role / f"{subject.id}.nii.gz", volume.data, volume.affine)
     settled = settle([subject], config.model_copy(update={"layout": found.layout})).config
     return config.model_copy(update={"layout": "tree", "labels": resolve_labels(settled.labels, found.layout)})
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.check.findings import Finding
-from hpc_ddpm.data.discover import Unmatched
+from hpc_ddpm.data.discover import Subject, Unmatched
 from hpc_ddpm.data.nifti import Shape3
+from hpc_ddpm.data.patients import torn_patients
 
 MAX_VOXEL_DEVIATION = 0.1
 """Of a voxel side from the cohort's median."""
@@ -59,6 +60,13 @@ def check_pairing(unmatched: Sequence[Unmatched]) -> Findings:
     """Files that are not used, by reason."""
     for entry in unmatched:
         yield Finding(entry.kind, entry.reason, file=str(entry.path))
+
+
+def check_patients(subjects: Sequence[Subject]) -> Findings:
+    """Patients whom the source itself puts into two splits."""
+    torn = torn_patients((subject.id, subject.patient, subject.split) for subject in subjects)
+    for patient, ids in torn.items():
+        yield Finding("patient-in-two-splits", f"the table puts patient {patient} into two splits", tuple(ids))
 
 
 def check_cohort(cases: Sequence[Facts], config: DataConfig) -> list[Finding]:

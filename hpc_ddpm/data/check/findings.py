@@ -24,7 +24,11 @@ SOURCE_KINDS: dict[str, Kind] = {
     # ------------------------------------------------------------------------------------------ files
     "missing-file": Kind("error", "correct the path in the table, or fetch what the link leads to"),
     "duplicate-subject": Kind("error", "keep one file of each kind per subject; the subject is left out until then"),
+    "patient-in-two-splits": Kind(
+        "error", "give all subjects of a patient one split in the table, or set data.group=subject if they differ"
+    ),
     "unmatched-file": Kind("warning", "give it the partner it lacks under the same name, or remove it; it is left out"),
+    "set-aside": Kind("note", "nothing, if it is not needed; data.names says which files play which role"),
     "truncated": Kind("error", "copy the file again: it ends too early"),
     "unreadable": Kind("error", "copy or convert the file again"),
     "bad-affine": Kind("error", "repair the header: set a valid sform, for example from the original scan"),
@@ -108,6 +112,9 @@ PACKED_KINDS: dict[str, Kind] = {
     "unreadable-shard": Kind("error", f"{COPY}, or delete it and run the same `hpc-ddpm pack` again"),
     "damaged-voxels": Kind("error", f"{COPY}, or delete it and run the same `hpc-ddpm pack` again"),
     "wrong-content": Kind("error", "pack again: the shard was written wrongly or edited"),
+    "leaking-patient": Kind(
+        "error", "divide anew with `hpc-ddpm data split` (only the index is written); --group subject if they differ"
+    ),
     "extra-shard": Kind("warning", "delete it, if nothing else uses it: index.json does not name it"),
 }
 """`hpc-ddpm data verify`."""

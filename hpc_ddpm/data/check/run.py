@@ -13,7 +13,7 @@ import numpy as np
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.check.case import Case, open_case
 from hpc_ddpm.data.check.case_checks import check_case
-from hpc_ddpm.data.check.cohort_checks import Facts, check_cohort, check_pairing
+from hpc_ddpm.data.check.cohort_checks import Facts, check_cohort, check_pairing, check_patients
 from hpc_ddpm.data.check.findings import Finding
 from hpc_ddpm.data.check.pictures import picture
 from hpc_ddpm.data.check.similarity import shrink
@@ -89,6 +89,7 @@ def check(
             progress(len(cases), len(found.subjects))
     findings = [
         *check_pairing(found.unmatched),
+        *check_patients(found.subjects),
         *(finding for case in cases for finding in case.findings),
         *check_cohort(cases, config),
         *unsettled,
