@@ -28,6 +28,13 @@ class Intensities(StrEnum):
     ORIGINAL = "original"
 
 
+class ExportLayout(StrEnum):
+    """Layouts of exported volumes."""
+
+    TREE = "tree"
+    NNUNET = "nnunet"
+
+
 Packed = Annotated[Path, typer.Argument(metavar="PACKED", help="Packed dataset: the folder with index.json.")]
 SplitOption = Annotated[Split | None, typer.Option(help="Only this split.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default.")]
@@ -176,6 +183,9 @@ def export(
     split: SplitOption = None,
     original_grid: Annotated[bool, typer.Option("--original-grid", help="On the grid of the subject's file.")] = False,
     intensities: Annotated[Intensities, typer.Option(help="[-1, 1] as packed, or the file's own.")] = Intensities.UNIT,
+    layout: Annotated[
+        ExportLayout, typer.Option(help="One folder per role, or nnU-Net's raw data.")
+    ] = ExportLayout.TREE,
     workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
@@ -191,6 +201,7 @@ def export(
             split=split,
             original_grid=original_grid,
             intensities=intensities.value,
+            layout=layout.value,
             num_workers=workers or num_cores(),
             progress=lambda done, total: update(done, total, ""),
         )

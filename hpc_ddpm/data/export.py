@@ -16,6 +16,7 @@ from hpc_ddpm.data.discover import MASK
 from hpc_ddpm.data.geometry import restore
 from hpc_ddpm.data.intensity import background
 from hpc_ddpm.data.nifti import write_nifti
+from hpc_ddpm.data.nnunet_export import consecutive, describe, files_of
 from hpc_ddpm.data.parallel import ordered_map
 from hpc_ddpm.data.plan import digest_of
 from hpc_ddpm.data.shards import (
@@ -42,10 +43,11 @@ def export(
     split: str | None = None,
     original_grid: bool = False,
     intensities: str = "unit",
+    layout: str = "tree",
     num_workers: int = 1,
     progress: Progress | None = None,
 ) -> int:
-    """Write `mask/<id>.nii.gz` (uint8) and `<modality>/<id>.nii.gz` (float32); what is there is kept.
+    """Write `mask/<id>.nii.gz` (uint8) and `<modality>/<id>.nii.gz` (float32), or nnU-Net's; what is there is kept.
 
     The covariates of all subjects, where there are any, become `participants.tsv`.
 
@@ -56,6 +58,7 @@ def export(
         original_grid: put volumes back on the grid of the subject's file; outside what was packed is background.
         intensities: [-1, 1] as packed, or the file's own by the range stored with the subject. What was clipped
             when it was packed stays clipped.
+        layout: `tree`, or `nnunet`: its raw data, see `nnunet_export`.
         num_workers: processes.
         progress: called with (finished subjects, all subjects).
 
@@ -80,15 +83,18 @@ def export(
     subjects = packed.subjects(split)
     with writing_to(out):
         keys, wanted = _keys(packed), {subject.id for subject in subjects}
-        _claim(out, {"original_grid": original_grid, "intensities": intensities}, keys, wanted)
+        way = {"original_grid": original_grid, "intensities": intensities}
+        _claim(out, way | ({} if layout == "tree" else {"layout": layout}), keys, wanted)
         if covariates := packed.data.covariates:
             ids = [subject.id for subject in packed.subjects()]
             numbers = packed.covariates(covariates).tolist()
             write_participants(out, dict(zip(ids, numbers, strict=True)), covariates)
-        write = partial(_export_subject, packed, out, original_grid, intensities)
+        write = partial(_export_subject, packed, out, original_grid, intensities, layout)
         for number, _ in enumerate(ordered_map(write, subjects, num_workers, preload=__name__), start=1):
             if progress:
                 progress(number, len(subjects))
+        if layout == "nnunet":
+            describe(out, packed.data, subjects)
     return len(subjects)
 
 
@@ -126,8 +132,11 @@ def _refusal(out: Path, found: str) -> ConfigError:
     return ConfigError(f"{out}: {found}; choose another --out or empty it")
 
 
-def _export_subject(packed: Packed, out: Path, original_grid: bool, intensities: str, subject: PackedSubject) -> None:
-    files = {role: out / role / f"{subject.id}.nii.gz" for role in (*packed.data.modalities, MASK)}
+def _export_subject(
+    packed: Packed, out: Path, original_grid: bool, intensities: str, layout: str, subject: PackedSubject
+) -> None:
+    roles, is_tree = (*packed.data.modalities, MASK), layout == "tree"
+    files = {role: out / role / f"{subject.id}.nii.gz" for role in roles} if is_tree else files_of(out, roles, subject)
     if all(file.exists() for file in files.values()):
         return
     image, mask = packed.read(subject.index)
@@ -138,6 +147,7 @@ def _export_subject(packed: Packed, out: Path, original_grid: bool, intensities:
     for modality, volume, (low, high) in zip(packed.data.modalities, unit, ranges, strict=True):
         volume = restore(volume, geometry, background(volume, packed.data)) if original_grid else volume
         write_nifti(files[modality], _scaled(volume, low, high) if intensities == "original" else volume, affine)
+    mask = mask if is_tree else consecutive(mask, packed.data.labels)
     write_nifti(files[MASK], restore(mask, geometry) if original_grid else mask, affine)
 
 

@@ -209,6 +209,25 @@ def plant_table(root: Path) -> None:
         table.writerow((BAD, f"mask/{BAD}.nii.gz", "t1/gone.nii.gz", f"t2/{BAD}.nii.gz"))
 
 
+def plant_torn_patient(root: Path) -> None:
+    """A table that gives two scans of one patient two splits."""
+    plant_table(root)
+    lines = (root / "table.csv").read_text().replace("gone", BAD).splitlines()
+    about = ("patient,split", "P1,train", "P2,val", "P1,val")
+    (root / "table.csv").write_text("\n".join(f"{line},{more}" for line, more in zip(lines, about, strict=True)))
+
+
+def plant_other_mask(root: Path) -> None:
+    """One folder per case, and in one of them a second file that a mask may be called."""
+    for role, end in (("mask", "seg"), ("t1", "t1"), ("t2", "t2")):
+        for file in (root / role).iterdir():
+            case = root / file.name.removesuffix(".nii.gz")
+            case.mkdir(exist_ok=True)
+            file.rename(case / f"{case.name}_{end}.nii.gz")
+        (root / role).rmdir()
+    shutil.copy(root / BAD / f"{BAD}_seg.nii.gz", root / BAD / f"{BAD}_segmentation.nii.gz")
+
+
 BRATS_LABELS = LabelsConfig(names={1: "core", 2: "edema", 3: "enhancing", 4: "brain"})
 HEAD_AND_TUMOUR = {"names": {1: "head", 2: "tumour"}}
 BRATS_AS_NAMED = BRATS_LABELS.model_copy(update={"coding": "as_named"})
@@ -217,6 +236,8 @@ FAULTS: list[tuple[str, str, Callable[[Path], Any], dict[str, Any]]] = [
     ("an image alone", "unmatched-file", plant_unmatched, {}),
     ("two masks", "duplicate-subject", plant_duplicate, {}),
     ("a row without its file", "missing-file", plant_table, {}),
+    ("one patient in two splits", "patient-in-two-splits", plant_torn_patient, {}),
+    ("another mask", "set-aside", plant_other_mask, {"layout": "cases"}),
     ("half a gz", "truncated", plant_truncated, {}),
     ("half a nii", "truncated", plant_short_nii, {}),
     ("garbage", "unreadable", plant_garbage, {}),
@@ -268,6 +289,8 @@ OF_THE_WHOLE = {
     "unmatched-file",
     "duplicate-subject",
     "missing-file",
+    "patient-in-two-splits",
+    "set-aside",
     "size-mixed",
     "coding-unclear",
     "label-names-differ",
@@ -296,7 +319,7 @@ def test_a_planted_fault_is_found(
     cohort: Path, kind: str, plant: Callable[[Path], Any], changes: dict[str, Any]
 ) -> None:
     plant(cohort)
-    source = cohort / "table.csv" if kind == "missing-file" else cohort
+    source = cohort / "table.csv" if (cohort / "table.csv").exists() else cohort
     report = check(source, config(**changes))
     found = [finding for finding in report.findings if finding.kind == kind]
     assert found, show(report)

@@ -13,13 +13,16 @@ import pytest
 
 from hpc_ddpm.config import DataConfig, LabelsConfig
 from hpc_ddpm.data.discover import discover, find_layout, source_modalities
+from hpc_ddpm.data.export import export
 from hpc_ddpm.data.find_masks import find_mask_subjects, find_masks
 from hpc_ddpm.data.layouts import LAYOUTS
 from hpc_ddpm.data.layouts.base import Roles
 from hpc_ddpm.data.nifti import read_header, read_nifti
 from hpc_ddpm.data.pack import pack
+from hpc_ddpm.data.phantom import write_phantoms
+from hpc_ddpm.data.resplit import divide
 from hpc_ddpm.data.shards import open_packed
-from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.errors import ConfigError, DataFormatError
 
 BRATS = ("t1", "t1ce", "t2", "flair")
 NEW = ("t1n", "t1c", "t2w", "t2f")
@@ -368,6 +371,36 @@ def write_4d(path: Path, volumes: list[Any]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(np.stack([volume.T for volume in volumes], -1), np.eye(4)), path)
+
+
+def test_nnunet_out_and_in(tmp_path: Path) -> None:
+    labels = LabelsConfig(names={1: "head", 4: "tumour"}, remap={2: 4})
+    source = write_phantoms(tmp_path / "source", 6, (8, 10, 12), modalities=("t1", "t2"), labels=LabelsConfig())
+    config = DataConfig(modalities=("t1", "t2"), size=(8, 10, 12), labels=labels, storage_dtype="float32")
+    pack(source, tmp_path / "packed", config)
+    divide(tmp_path / "packed", 0.3, 0.3, 0, None, None)
+    out = tmp_path / "Dataset001_X"
+    assert export(tmp_path / "packed", out, layout="nnunet") == 6
+    splits = {subject.id: subject.split for subject in open_packed(tmp_path / "packed").subjects()}
+    held_out = {name for name, split in splits.items() if split == "test"}
+    assert {path.name for path in (out / "labelsTs").iterdir()} == {f"{name}.nii.gz" for name in held_out}
+    content = json.loads((out / "dataset.json").read_text())
+    assert content["labels"] == {"background": 0, "head": 1, "tumour": 2}
+    assert content["numTraining"] == len(list((out / "labelsTr").iterdir())) == 6 - len(held_out)
+    (fold,) = json.loads((out / "splits_final.json").read_text())
+    assert {name: fold[name] for name in ("train", "val")} == {
+        kind: [name for name, split in splits.items() if split == kind] for kind in ("train", "val")
+    }
+    again = config.model_copy(update={"labels": LabelsConfig(), "normalization": "none"})
+    assert find_layout(out) == "nnunet"
+    pack(out, tmp_path / "again", again)
+    first, second = open_packed(tmp_path / "packed"), open_packed(tmp_path / "again")
+    for subject in second.subjects():
+        number = next(one.index for one in first.subjects() if one.id == subject.id)
+        (image, mask), (image_2, mask_2) = first.read(number), second.read(subject.index)
+        assert np.array_equal(image, image_2) and np.array_equal(np.where(mask == 4, 2, mask), mask_2)
+    with pytest.raises(ConfigError, match="holds another export"):
+        export(tmp_path / "packed", out)
 
 
 def test_descriptions_that_do_not_help(tmp_path: Path) -> None:
