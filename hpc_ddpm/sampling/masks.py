@@ -139,7 +139,10 @@ def with_coding(masks: Sequence[MaskSource], data: DataConfig) -> tuple[list[Mas
     """
     if not masks or masks[0].layout == PACKED:
         return list(masks), ""
-    subjects = [Subject(mask.id, Path(mask.path), {}) for mask in masks]
+    subjects = [
+        Subject(mask.id, Path(mask.path), dict(zip(data.modalities, map(Path, mask.images), strict=False)))
+        for mask in masks
+    ]
     settled = settle(subjects, data.model_copy(update={"layout": masks[0].layout}))
     return [replace(mask, coding=settled.config.labels.coding) for mask in masks], settled.note
 

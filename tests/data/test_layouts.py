@@ -51,7 +51,11 @@ def brats(root: str, mark: str, endings: tuple[str, ...], *cases: str, suffix: s
 
 
 def dataset_json(kind: str, channels: tuple[str, ...]) -> dict[str, str]:
-    content = {kind: dict(enumerate(channels)), "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
+    content = {
+        kind: dict(enumerate(channels)),
+        "labels": {"background": 0, "head": 1, "tumour": 2},
+        "file_ending": ".nii.gz",
+    }
     return {"dataset.json": json.dumps(content)}
 
 
