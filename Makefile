@@ -38,7 +38,7 @@ test: install    ## lint, types, layers and every test
 test-fast: install  ## tests without the marked ones, under two minutes
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slow and not mpi and not slurm and not gpu"
 
-slurm-up:        ## a real SLURM cluster on this machine (docs/cluster.md)
+slurm-up: install  ## a real SLURM cluster on this machine (docs/cluster.md)
 	slurm/devcluster/up.sh
 
 slurm-down:      ## stop it and remove its folder

@@ -6,7 +6,8 @@
 #   up.sh [--user-signal | --no-user-signal]     whether preemption also sends a job's own --signal (a site's choice)
 #   HPC_DDPM_DEVCLUSTER=DIR up.sh                in another folder, another cluster
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$HERE/common.sh"
 
 # ------------------------------------------------------------------------------------------------------- packages
 
@@ -23,13 +24,15 @@ install_packages() {  # exit code 77 where that is impossible
   command -v apt-get >/dev/null || cannot "not installed: ${missing[*]}; there is no apt-get here, so install them by hand"
   ((UID == 0)) || as_root=(sudo -n)
   "${as_root[@]}" true 2>/dev/null || cannot "not installed: ${missing[*]}; run: sudo apt-get install ${missing[*]}"
-  echo "devcluster: installing ${missing[*]}"
-  "${as_root[@]}" sh -s -- "${missing[@]}" >"$CLUSTER/log/install.log" 2>&1 <<'AS_ROOT' ||
+  echo "devcluster: installing ${missing[*]} (after up to five minutes where another program holds apt's lock)"
+  "${as_root[@]}" sh -s -- "$HERE/apt.sh" "${missing[@]}" >"$CLUSTER/log/install.log" 2>&1 <<'AS_ROOT' ||
     set -e
     policy=/usr/sbin/policy-rc.d  # while it says 101, no installed service is started
     [ -e $policy ] || { trap "rm -f $policy" EXIT; printf '#!/bin/sh\nexit 101\n' >$policy; chmod +x $policy; }
-    apt-get update -qq || true
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends --no-remove "$@"
+    apt=$1
+    shift
+    "$apt" update -qq || true
+    "$apt" install -y -qq --no-install-recommends --no-remove "$@"
 AS_ROOT
     cannot "cannot install ${missing[*]}: $(grep -m1 '^E:' "$CLUSTER/log/install.log" || tail -1 "$CLUSTER/log/install.log")"
 }
