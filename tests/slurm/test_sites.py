@@ -74,10 +74,13 @@ def test_the_doctor_reads_the_limits_of_a_qos(cluster: Cluster, tmp_path: Path) 
     write_program(tmp_path / "scontrol", f"#!/bin/bash\n{real} \"$@\" | sed '{pretend}'\n")
     user = cluster.run("id", "-un").strip()
     limits = ["MaxWall=0:10:00", "MaxTRESPerJob=node=1", "MaxSubmitJobsPerUser=2", "MaxJobsPerUser=1"]
-    cluster.attempt("sacctmgr", "-i", "add", "account", "lab")
-    cluster.attempt("sacctmgr", "-i", "add", "user", user, "account=lab")
-    cluster.run("sacctmgr", "-i", "add", "qos", "small", "set", *limits)
-    cluster.run("sacctmgr", "-i", "modify", "user", user, "set", "qos+=small")
+    for words in (
+        ["add", "account", "lab"],
+        ["add", "user", user, "account=lab"],
+        ["add", "qos", "small", "set", *limits],
+        ["modify", "user", user, "set", "qos+=small"],
+    ):
+        cluster.attempt("sacctmgr", "-i", *words)  # of a cluster that is used again, some is there
     profile = tmp_path / "site.yaml"
     profile.write_text("partition: gpu\nqos: small\naccount: lab\nnodes: 2\ncpus_per_gpu: 1\ngpu_type: a100\n")
     path = f"{tmp_path}:{cluster.env['PATH']}"
