@@ -23,7 +23,7 @@ WORDS = {
     ENHANCING: r"\benhanc|\bet\b|\bactive\b",
     EDEMA: r"edema|\bed\b|\bsnfh\b|\bnon ?enhancing flair\b",
     "cystic component": r"cyst|\bcc\b",
-    BRAIN: r"\bbrain\b",
+    BRAIN: r"^(?!.*(tumou?r|lesion|metast|stem\b)).*\bbrain\b",
 }
 """Meaning -> by which its names are known, the first that fits; names in lower case with spaces between words."""
 USUAL = {CORE: 1, EDEMA: 2, ENHANCING: 3}

@@ -233,6 +233,8 @@ def test_a_star_is_all_other_values() -> None:
         ("resection cavity", "resection cavity"),
         ("cystic", "cystic component"),
         ("rest of the brain", "brain"),
+        ("brain tumour", None),
+        ("brain stem", None),
         ("liver", None),
     ],
 )

@@ -32,7 +32,7 @@ def labels(enhancing: int, brain: int) -> np.ndarray:
 
 def sources(folder: Path, mask: np.ndarray, config: Config) -> tuple[list[MaskSource], str]:
     write_nifti(folder / "mask" / "a.nii", mask, np.eye(4))
-    return with_coding(find_mask_files(folder), config.data)
+    return with_coding(find_mask_files(folder, data=config.data), config.data)
 
 
 def test_packed_masks_stay_as_they_are(tmp_path: Path, config: Config) -> None:
@@ -47,6 +47,19 @@ def test_raw_masks_are_told_apart_and_need_their_brain(tmp_path: Path, config: C
     assert note.startswith("masks are coded as brats2021: ")
     with pytest.raises(DataFormatError, match=r"label 4 \(brain\) is missing, found \[1, 2, 3\]"):
         load_mask(source, config)
+
+
+def test_mostly_enhancing_raw_masks_get_the_brain_of_their_images(tmp_path: Path, config: Config) -> None:
+    """In a tree, where 4 is more than half of the tumour: once taken for the brain, without a word."""
+    raw, wanted = labels(4, 0), labels(3, 4)
+    raw[5:10, 5:10, 5:10], wanted[5:10, 5:10, 5:10] = 4, 3
+    raw[5, 5, 5:9] = wanted[5, 5, 5:9] = 2
+    for seed, modality in enumerate(config.data.modalities):
+        image = np.where(labels(3, 4) > 0, np.random.default_rng(seed).normal(500, 50, raw.shape), 0)
+        write_nifti(tmp_path / modality / "a.nii", image.astype(np.float32), np.eye(4))
+    (source,), note = sources(tmp_path, raw, config)
+    assert note.endswith("4 (brain) comes from the images")
+    np.testing.assert_array_equal(load_mask(source, config).labels, wanted)
 
 
 def test_the_coding_is_in_the_plan_where_it_says_something(tmp_path: Path, config: Config) -> None:
