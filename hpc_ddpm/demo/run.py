@@ -61,10 +61,7 @@ def run_demo(
         source = data
         say(f"1/5 brains: yours -> {source}")
         settings = describe_source(source, load_config("demo", overrides).config)
-    config = load_config("demo", [*settings, *overrides]).config
-    if not any(override.startswith("training.num_steps") for override in overrides):
-        steps = choose_steps(out / "demo.yaml", config)
-        config = load_config("demo", [*settings, *overrides, f"training.num_steps={steps}"]).config
+    config = _fitting_config(out / "demo.yaml", [*settings, *overrides])
     preset = _write_config(out / "demo.yaml", config)
     stages = _Stages(say, num_ranks, ["--quiet"] if quiet else [])
 
@@ -116,6 +113,14 @@ class _Stages:
             raise KeyboardInterrupt
         if code:
             raise HpcDdpmError(f"this stage failed (exit code {code}); its own message is above: {self.shown[-1]}")
+
+
+def _fitting_config(preset: Path, overrides: Sequence[str]) -> Config:
+    """The demo's settings, with as many steps as fit here unless the user names their number."""
+    config = load_config("demo", overrides).config
+    if any(override.startswith("training.num_steps") for override in overrides):
+        return config
+    return load_config("demo", [*overrides, f"training.num_steps={choose_steps(preset, config)}"]).config
 
 
 def _write_config(path: Path, config: Config) -> Path:
