@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 
-from hpc_ddpm.config import Config
+from hpc_ddpm.config import Config, load_config
 from hpc_ddpm.device import resolve_precision
 from hpc_ddpm.model.planner import DTYPES
 from hpc_ddpm.model.trace import example_batch, example_loss
@@ -24,7 +23,7 @@ NUM_TRIALS = 3
 def choose_steps(preset: Path, config: Config) -> int:
     """Steps of this demo: what an earlier start wrote to `preset`, its `demo.yaml`, else as many as fit here."""
     if preset.is_file():
-        return int(yaml.safe_load(preset.read_text(encoding="utf-8"))["training"]["num_steps"])
+        return load_config(str(preset)).config.training.num_steps
     return fitting_steps(config)
 
 
