@@ -30,7 +30,7 @@ def image(low: float = 100, high: float = 1000) -> Volume:
 
 def mask(*values: int) -> Volume:
     """A block of each value, side by side inside the body."""
-    volume = np.zeros((SIDE,) * 3, np.uint8)
+    volume = np.zeros((SIDE,) * 3, np.uint8 if max(values) < 256 else np.int16)
     for number, value in enumerate(values):
         z, y = divmod(number, 8)
         volume[4 + 2 * (z % 4) : 6 + 2 * (z % 4), 4 + y, 4:12] = value
@@ -60,7 +60,7 @@ def freesurfer(root: Path) -> None:
     for subject in ("002_S_0295_1", "002_S_0413_1"):
         folder = root / subject / "mri"
         folder.mkdir(parents=True)
-        for name, volume in (("norm", image(0)), ("aseg", mask(3, 42, 2, 41, 4, 10, 17, 53, 8, 16))):
+        for name, volume in (("norm", image(0)), ("aseg", mask(3, 42, 2, 41, 4, 10, 17, 53, 8, 16, 6, 1035))):
             nib.save(nib.MGHImage(volume.astype(np.float32), np.eye(4)), folder / f"{name}.mgz")
 
 

@@ -25,6 +25,7 @@ def _cases(source: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def _masks(files: list[Path], roles: Roles) -> list[Path]:
+    files = [path for path in files if not path.name.lower().endswith(SEGMENTATION)]
     return [path for path in files if (_role(path, roles) or ("", 0))[0] == MASK]
 
 
