@@ -64,11 +64,11 @@ class Writer:
     def _join(self) -> bool:
         """Appear among the writers, at once; False where the last of them has just cleared away."""
         begin = self.state / f".{self.name}"
-        for folder in (self.state, begin):  # not with their parents: what was moved away must not come back
-            folder.mkdir(exist_ok=True)
+        _make_folder(self.state)  # not with its parents: what was moved away must not come back
         with suppress(FileNotFoundError):
+            _make_folder(begin)
             self.owner.write(begin)
-            self.scratch.parent.mkdir(exist_ok=True)
+            _make_folder(self.scratch.parent)
             begin.rename(self.scratch)
             return True
         return False
@@ -86,11 +86,17 @@ class Writer:
         """Remove the whole folder after `leave`, unless another writer has joined meanwhile."""
         with suppress(OSError):
             self.scratch.parent.rmdir()
+            claims = self._link("")
             for entry in self.state.iterdir():
                 if entry.is_file():
                     entry.unlink()
-                elif entry != self.scratch.parent:  # made again by one who joins now
+                elif entry not in (claims, self.scratch.parent):  # which one who joins now may have made again
                     shutil.rmtree(entry, ignore_errors=True)
+            for link in claims.iterdir() if claims.is_dir() else ():
+                if (name := self.claimant(link.name)) and self.look(name) is None:
+                    link.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                claims.rmdir()
             self.state.rmdir()
 
     @contextmanager
@@ -148,7 +154,6 @@ class Writer:
         return [pulse for folder in self._folders() if (pulse := self._watch.look(folder))]
 
     def _take(self, unit: str) -> bool:
-        self._link(unit).parent.mkdir(parents=True, exist_ok=True)
         if self._make(unit):
             return True
         claimant = self.claimant(unit)
@@ -160,9 +165,12 @@ class Writer:
 
     def _make(self, unit: str) -> bool:
         try:
+            _make_folder(self._link(""), parents=True)
             self._link(unit).symlink_to(self.name)
         except FileExistsError:
             return False
+        except FileNotFoundError:  # one who leaves has just cleared away
+            return self._make(unit)
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
@@ -181,9 +189,11 @@ class Writer:
             if not is_heir or self.claimant(unit) != dead:
                 return False
             mine = self._link(f".{self.name}-{secrets.token_hex(4)}")
-            mine.symlink_to(self.name)
-            mine.replace(self._link(unit))
-            return True
+            with suppress(FileNotFoundError):  # one who leaves has just cleared away
+                mine.symlink_to(self.name)
+                mine.replace(self._link(unit))
+                return True
+            return False
 
     def _link(self, unit: str) -> Path:
         return self.state / "claims" / unit
@@ -214,6 +224,12 @@ class Writer:
             os.utime(self.scratch / RECORD)
         except FileNotFoundError:  # others took this writer for dead
             self._join()
+
+
+def _make_folder(folder: Path, *, parents: bool = False) -> None:
+    """`exist_ok` fails where the folder is removed at the same time."""
+    with suppress(FileExistsError):
+        folder.mkdir(parents=parents)
 
 
 @contextmanager

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +20,8 @@ from hpc_ddpm.workers.sole import UNIT, sole_owner
 from tests.conftest import Stranger
 
 Strangers = Callable[..., Stranger]
+TRIES = int(os.environ.get("HPC_DDPM_SOLE_TRIES", "40"))
+"""Of each of four processes."""
 
 
 def refuse(holder: str) -> str:
@@ -104,3 +110,39 @@ def test_a_folder_that_was_moved_away_does_not_come_back(state: Path, monkeypatc
         sole.check_quickly()
         sole.check()
     assert not state.parent.exists()
+
+
+RIVAL = """
+    import os, random, sys, time
+    from pathlib import Path
+    from hpc_ddpm.errors import ClusterError
+    from hpc_ddpm.workers.sole import sole_owner
+
+    run, number, tries = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    chance, held = random.Random(number), 0
+    for _ in range(tries):
+        try:
+            with sole_owner(run / ".train", "train", str) as sole:
+                inside = os.open(run / "inside", os.O_CREAT | os.O_EXCL)  # fails if another is inside
+                time.sleep(chance.uniform(0, 0.005))
+                sole.check()
+                os.close(inside)
+                (run / "inside").unlink()
+                held += 1
+        except ClusterError:
+            time.sleep(chance.uniform(0, 0.005))
+    print(held)
+"""
+
+
+def test_of_many_who_come_and_go_one_is_inside(state: Path) -> None:
+    """Each clears away what it finds at its end, while others join."""
+    state.parent.mkdir()
+    script = textwrap.dedent(RIVAL)
+    command = [sys.executable, "-c", script, state.parent]
+    rivals = [
+        subprocess.Popen([*command, str(number), str(TRIES)], stdout=subprocess.PIPE, text=True) for number in range(4)
+    ]
+    held = [int(rival.communicate(timeout=100)[0] or -1) for rival in rivals]
+    assert min(held) >= 0 and sum(held) > 10
+    assert list(state.parent.iterdir()) == []
