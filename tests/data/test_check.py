@@ -225,7 +225,7 @@ def plant_other_mask(root: Path) -> None:
             case.mkdir(exist_ok=True)
             file.rename(case / f"{case.name}_{end}.nii.gz")
         (root / role).rmdir()
-    shutil.copy(root / BAD / f"{BAD}_seg.nii.gz", root / BAD / f"{BAD}_segmentation.nii.gz")
+    shutil.copy(root / BAD / f"{BAD}_seg.nii.gz", root / BAD / f"{BAD}_glistrboost.nii.gz")
 
 
 BRATS_LABELS = LabelsConfig(names={1: "core", 2: "edema", 3: "enhancing", 4: "brain"})

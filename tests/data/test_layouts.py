@@ -308,26 +308,31 @@ REPLICAS = {
         ("{}_T1w.nii.gz",),
         patients={f"sub-{site}s001_ses-1_space-MNI152NLin2009aSym": f"sub-{site}s001" for site in ("r001", "r002")},
     ),
-    "BIDS with roi and desc": Replica(
+    "BIDS with roi": Replica(
         "bids",
         ("t1",),
         (
             *("sub-a/anat/sub-a_T1w.nii.gz", "sub-a/anat/sub-a_lesion.nii.gz", "sub-a/anat/sub-a_T1w_defaced.nii.gz"),
             *("derivatives/x/sub-a/anat/sub-a_roi.nii.gz", "derivatives/x/sub-a/anat/sub-a_desc-brain_mask.nii.gz"),
-            *("sub-b/anat/sub-b_T1w.nii.gz", "derivatives/x/sub-b/anat/sub-b_desc-lesion_mask.nii.gz"),
             *("sub-c/anat/sub-c_T1w.nii.gz", "derivatives/x/sub-c/anat/sub-c_desc-brain_mask.nii.gz"),
-            "derivatives/x/sub-c/anat/sub-c_dseg.nii.gz",
         ),
-        {
-            "sub-a": "sub-a_roi.nii.gz",
-            "sub-b": "sub-b_desc-lesion_mask.nii.gz",
-            "sub-c": "sub-c_dseg.nii.gz",
-        },
+        {"sub-a": "sub-a_roi.nii.gz"},
         ("{}_T1w.nii.gz",),
         aside=(
             *("sub-a_lesion.nii.gz", "sub-a_T1w_defaced.nii.gz", "sub-a_desc-brain_mask.nii.gz"),
-            "sub-c_desc-brain_mask.nii.gz",
+            "sub-c_desc-brain_mask.nii.gz",  # a brain is no lesion: the others decide what masks are here
         ),
+    ),
+    "BIDS with desc": Replica(
+        "bids",
+        ("t1",),
+        tuple(
+            name
+            for one in ("sub-a", "sub-b")
+            for name in (f"{one}/anat/{one}_T1w.nii.gz", f"derivatives/x/{one}/anat/{one}_desc-lesion_mask.nii.gz")
+        ),
+        {one: f"{one}_desc-lesion_mask.nii.gz" for one in ("sub-a", "sub-b")},
+        ("{}_T1w.nii.gz",),
     ),
     "BIDS by names": Replica(
         "bids",
@@ -487,6 +492,24 @@ def test_names_are_checked() -> None:
         DataConfig(names={"t1": ""})
     assert DataConfig(names={"mask": "gtv"}).names == {"mask": ("gtv",)}
     assert LabelsConfig().names  # another thing of this name
+
+
+def test_masks_of_two_kinds_are_not_mixed(tmp_path: Path) -> None:
+    files = [f"sub-{one}/anat/sub-{one}_T1w.nii" for one in "ab"]
+    files += ["derivatives/x/sub-a/anat/sub-a_desc-brain_mask.nii", "derivatives/x/sub-b/anat/sub-b_desc-les_mask.nii"]
+    source = build(tmp_path, Replica("", (), tuple(files), {}, ()))
+    with pytest.raises(
+        DataFormatError, match=r"several kinds: desc-brain_mask, desc-les_mask; say which by data\.names"
+    ):
+        discover(source, DataConfig())
+    chosen = discover(source, DataConfig(names={"mask": "desc-les_mask"}))
+    assert [subject.id for subject in chosen.subjects] == ["sub-b"]
+
+
+def test_cases_two_levels_down_come_before_those_below(tmp_path: Path) -> None:
+    files = brats("HGG/", "_", ("seg", "t1"), "case_1") + brats("old/unused/", "_", ("seg", "t1"), "case_1")
+    source = build(tmp_path, Replica("", (), files, {}, ()))
+    assert [subject.mask.parent.parent.name for subject in discover(source, DataConfig()).subjects] == ["HGG"]
 
 
 def test_what_fits_no_layout_is_led_to_a_table(tmp_path: Path) -> None:

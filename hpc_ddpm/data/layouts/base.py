@@ -25,7 +25,7 @@ MORE_ENDINGS = {
     "t1ce": ("t1gad", "t1post"),
 }
 """Names that count where a subject has no file with one of the others."""
-LAST_ENDINGS = {MASK: ("glistrboost", "segmentation")}
+LAST_ENDINGS = {MASK: ("glistrboost",)}
 """Names that count where there are none of those either."""
 SEPARATORS = ("_", "-", ".")
 MAX_DEPTH = 3

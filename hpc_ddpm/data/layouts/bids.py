@@ -46,6 +46,11 @@ class Name:
             return 1
         return (2 if "desc" in self.entities else 3) if self.suffix == "mask" else None
 
+    @property
+    def kind(self) -> str:
+        """What a mask marks, as far as its name says: `desc-lesion_mask`."""
+        return f"desc-{self.entities['desc']}_{self.suffix}" if "desc" in self.entities else self.suffix
+
     def is_image(self, modality: str) -> bool:
         """Whether this is an image of the modality."""
         modality, suffix = modality.lower(), self.suffix.lower()
@@ -70,23 +75,41 @@ def _fits(source: Path) -> bool:
 
 def _read(source: Path, roles: Roles) -> Files:
     """Raw images, and masks there and in `derivatives/`; what could be meant and is not used is named."""
-    files = Files()
+    files, masks = Files(), list[tuple[Name, Path]]()
     for root in (source, *sorted(source.glob("derivatives/*"))):
         for path in sorted(path for folder in _anat(root) for path in folder.iterdir()):
             if is_volume(path) and not path.name.startswith("."):
-                _add(files, path, roles, is_raw=root == source)
+                masks += _add(files, path, roles, is_raw=root == source)
+    _add_masks(files, masks)
     return files
 
 
-def _add(files: Files, path: Path, roles: Roles, is_raw: bool) -> None:
+def _add_masks(files: Files, masks: list[tuple[Name, Path]]) -> None:
+    """Masks of the best kind that the dataset has; of two equally good kinds none: they mark different things."""
+    best = min((name.mask_rank or 0 for name, _ in masks), default=0)
+    kinds = {name.kind for name, _ in masks if name.mask_rank == best}
+    for name, path in masks:
+        if (name.mask_rank or 0) > best:
+            files.leave_out(path, "it is no mask where others are called dseg, label-*_mask or roi", "set-aside")
+        elif best and len(kinds) > 1:
+            files.leave_out(
+                path, f"there are masks of several kinds: {', '.join(sorted(kinds))}; say which by data.names"
+            )
+        else:
+            files.add(name.subject, MASK, path)
+
+
+def _add(files: Files, path: Path, roles: Roles, is_raw: bool) -> list[tuple[Name, Path]]:
+    """Add an image, or say why not; returns the file if it may be a mask."""
     name = parse_name(path)
     if name is None:
         files.leave_out(path, "its name is none of BIDS: sub-LABEL[_KEY-VALUE]..._SUFFIX")
-        return
-    rank = name.mask_rank if MASK not in roles.names else _own(path, roles, MASK)
-    if rank is not None:
-        files.add(name.subject, MASK, path, rank)
-        return
+        return []
+    if MASK in roles.names and _own(path, roles, MASK) is not None:
+        files.add(name.subject, MASK, path)
+        return []
+    if MASK not in roles.names and name.mask_rank is not None:
+        return [(name, path)]
     taken = False
     for modality in roles.modalities if is_raw else ():
         is_image = _own(path, roles, modality) is not None if modality in roles.names else name.is_image(modality)
@@ -97,6 +120,7 @@ def _add(files: Files, path: Path, roles: Roles, is_raw: bool) -> None:
         files.leave_out(
             path, "it is neither a mask (dseg, mask, roi) nor an image that is asked for; see data.names", "set-aside"
         )
+    return []
 
 
 def _own(path: Path, roles: Roles, role: str) -> int | None:

@@ -6,22 +6,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from hpc_ddpm.data.formats import stem
 from hpc_ddpm.data.layouts.base import ALIASES, MASK, Files, Layout, Roles, below, ending, folders, volumes
 
-NOISE = ("_nifti",)
-"""Ends of folders' names that are no part of the subject's."""
+NOISE = re.compile(r"(UCSF-PDGM-.+)_nifti")
+"""A folder whose name says more than the subject's."""
 SEGMENTATION = ".seg.nrrd"
 LESS = 10
 """Rank of names that are the word alone, or end in it after a dot: other names come first."""
 
 
 def _cases(source: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Folders with volumes, at most two levels down (BraTS 2018 has HGG/ and LGG/); only if there are none, three."""
     folders(source)  # says where there is none
-    return ((folder, files) for folder in below(source) if (files := volumes(folder)))
+    for depth in (2, 3):
+        is_empty = True
+        for folder in below(source, depth):
+            if files := volumes(folder):
+                is_empty = False
+                yield folder, files
+        if not is_empty:
+            return
 
 
 def _masks(files: list[Path], roles: Roles) -> list[Path]:
@@ -60,9 +69,8 @@ def _role(path: Path, roles: Roles) -> tuple[str, int] | None:
 def _read(source: Path, roles: Roles) -> Files:
     files = Files()
     for case, paths in _cases(source):
-        subject = case.name
-        for noise in NOISE:
-            subject = subject.removesuffix(noise)
+        noisy = NOISE.fullmatch(case.name)
+        subject = noisy.group(1) if noisy else case.name
         told = {path: _role(path, roles) for path in paths}
         nameless = [path for path, role in told.items() if role is None]
         has_mask = any(role and role[0] == MASK for role in told.values())

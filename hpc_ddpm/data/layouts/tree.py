@@ -58,6 +58,7 @@ def _read(source: Path, roles: Roles) -> Files:
 def _folder(source: Path, roles: Roles, role: str, what: str, others: Sequence[tuple[str, ...]]) -> Path:
     """The folder of a role: by its own words, else by these."""
     own = roles.tiers(role)[0] if role in roles.names or role != MASK else ()
+    own = (*own, role.lower()) if role in roles.names else own
     if not others:
         return one_folder(source, own, what)
     first, last = ((*own, *others[0]), others[1])
