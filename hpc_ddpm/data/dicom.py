@@ -5,6 +5,7 @@ GDCM decodes the voxels and applies slope and intercept; where slices lie is tak
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ SUFFIXES = (".dcm", ".ima")
 OTHERS = (".gz", ".nii", ".mgz", ".mgh", ".json")
 """Suffixes of files that need no look inside."""
 MAGIC_AT, MAGIC = 128, b"DICM"
+BITS, SYNTAX = "0028|0100", b"\x02\x00\x10\x00UI"
+"""Tags: bits of a voxel, as SimpleITK names it; transfer syntax, as its bytes begin."""
+PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+"""Transfer syntaxes that do not compress."""
+MAX_RATIO = 5000
+"""Of those that do; an empty slice of JPEG 2000 comes to about 2000."""
 MAX_TILT, MAX_UNEVEN, SAME_PLACE_MM = 1e-3, 0.05, 1e-3
 """Between orientations; of the usual distance of slices; between slices."""
 PLACE_TAGS = ("0020|0037", "0028|0030")
@@ -74,7 +81,7 @@ def read_series(folder: Path) -> tuple[NDArray[np.float32], Floats]:
         ConfigError: the reader is not installed.
         DataFormatError: several series, slices missing, twice, at uneven distances or undecodable.
     """
-    sitk, slices = _sitk(folder), read_slices(folder)
+    sitk, slices = load_sitk(folder), read_slices(folder)
     try:
         if len(slices) == 1:
             return _read_frames(sitk, slices[0])
@@ -86,7 +93,7 @@ def read_series(folder: Path) -> tuple[NDArray[np.float32], Floats]:
         raise DataFormatError(
             f"{folder}: the slices cannot be decoded ({_last(error)}); copy them again", "unreadable"
         ) from None
-    return volume, _affine(slices)
+    return volume, series_affine(slices)
 
 
 def read_slices(folder: Path) -> list[Slice]:
@@ -96,7 +103,7 @@ def read_slices(folder: Path) -> list[Slice]:
         ConfigError: the reader is not installed.
         DataFormatError: as `read_series`, except for the voxels.
     """
-    reader = _sitk(folder).ImageFileReader()
+    reader = load_sitk(folder).ImageFileReader()
     slices = [_read_slice(reader, path) for path in series_files(folder)]
     if not slices:
         raise DataFormatError(
@@ -150,6 +157,7 @@ def _read_slice(reader: Any, path: Path) -> Slice:
             raise DataFormatError(
                 f"{path.parent}: a colour image found, numbers expected; leave the series out", "unreadable"
             )
+        _check_size(reader, path)
         tags = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
         slope, intercept = float(tags.get("0028|1053", 1)), float(tags.get("0028|1052", 0))
         position, across = np.array(reader.GetOrigin()), np.array(reader.GetDirection()).reshape(3, 3)
@@ -172,7 +180,28 @@ def _read_slice(reader: Any, path: Path) -> Slice:
     )
 
 
-def _affine(slices: list[Slice]) -> Floats:
+def _check_size(reader: Any, path: Path) -> None:
+    """Compare what a header promises with the size of its file, before anything is allocated.
+
+    Raises:
+        ValueError: it cannot hold so much, even compressed.
+    """
+    bits = int(reader.GetMetaData(BITS)) if reader.HasMetaDataKey(BITS) else 8
+    promised, size = math.prod(reader.GetSize()) * bits // 8, path.stat().st_size
+    if promised > (size if _syntax(path) in PLAIN else MAX_RATIO * size):
+        raise ValueError(f"its header promises {promised} bytes, the file has {size}")
+
+
+def _syntax(path: Path) -> str:
+    """The transfer syntax in the first bytes of a file, which GDCM does not tell; empty where there is none."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    place = head.find(SYNTAX) + len(SYNTAX)
+    length = int.from_bytes(head[place : place + 2], "little")
+    return head[place + 2 : place + 2 + length].decode("ascii", "replace").strip("\0 ") if SYNTAX in head else ""
+
+
+def series_affine(slices: list[Slice]) -> Floats:
     """From voxels to mm, RAS+; the step between slices is the mean one, so a tilted gantry shears."""
     first, last = slices[0], slices[-1]
     affine = np.eye(4)
@@ -207,12 +236,17 @@ def _is_dicom(path: Path) -> bool:
         return True  # it may be a slice, so whoever reads the series shall say that it cannot
 
 
-def _sitk(folder: Path) -> Any:
+def load_sitk(place: Path, what: str = "DICOM files") -> Any:
+    """SimpleITK.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import SimpleITK
     except ImportError:
         raise ConfigError(
-            f"{folder}: DICOM files found, their reader is not installed; pip install 'hpc_ddpm[dicom]'"
+            f"{place}: {what} found, their reader is not installed; pip install 'hpc_ddpm[dicom]'"
         ) from None
     SimpleITK.ProcessObject.GlobalWarningDisplayOff()  # what it warns of is checked here
     return SimpleITK

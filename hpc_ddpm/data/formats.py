@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ GZIPPED = (".nii.gz", ".mgz")
 PAIR = (".hdr", ".img")
 NIBABEL = (".nii.gz", ".nii", ".mgz", ".mgh", *PAIR)
 ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
+DETACHED = re.compile(rb"^[ \t]*(?:ElementDataFile[ \t]*=|data ?file:)[ \t]*(.+?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
+"""Where NRRD and MetaImage name the file with the voxels."""
+TEXT_HEAD_BYTES = 2**16
 SUFFIXES = (*NIBABEL, *ITK)
 EXPECTED = ".nii, .nii.gz, .hdr (with .img), .mgz, .mgh, .nrrd, .mha or .mhd"
 
@@ -83,7 +87,19 @@ def pair_of(path: Path) -> tuple[Path, Path]:
 def volume_files(path: Path) -> list[Path]:
     """The files that a volume consists of."""
     path = inner_file(split_series(path)[0])
-    return series_files(path) or png_files(path) if path.is_dir() else list(dict.fromkeys(pair_of(path)))
+    if path.is_dir():
+        return series_files(path) or png_files(path)
+    if path.name.lower().endswith(ITK):
+        found = DETACHED.search(text_head(path))
+        name = found[1].decode(errors="replace") if found else "local"
+        return [path] if name.lower() in ("local", "list") else [path, path.parent / name]
+    return list(dict.fromkeys(pair_of(path)))
+
+
+def text_head(path: Path) -> bytes:
+    """The header of a NRRD or MetaImage file, which is text, and may go on into the voxels."""
+    with path.open("rb") as file:
+        return file.read(TEXT_HEAD_BYTES).replace(b"\r\n", b"\n").partition(b"\n\n")[0]
 
 
 def stem(path: Path) -> str:

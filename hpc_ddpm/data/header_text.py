@@ -35,6 +35,7 @@ DICOM_FIELDS = {
     "0008|0090": "ReferringPhysicianName",
     "0008|0050": "AccessionNumber",
 }
+PERSONAL_KEY = re.compile(r"patient|birth|physician|operator|accession", re.IGNORECASE)
 IDENTITY_REMOVED = "0012|0062"
 MAX_EXTENSION_BYTES = 2**20
 """Of the extensions that are looked at."""
@@ -61,7 +62,7 @@ def identifying_tags(tags: Mapping[str, str]) -> tuple[str, ...]:
 
 def identifying_keys(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     """Of the further keys of a NRRD or MetaImage file."""
-    return tuple(key for key, value in pairs if (TELLING.search(key) and value.strip()) or "^" in value)
+    return tuple(key for key, value in pairs if (PERSONAL_KEY.search(key) and value.strip()) or "^" in value)
 
 
 def _is_filled(text: str) -> bool:

@@ -17,8 +17,9 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from numpy.typing import DTypeLike, NDArray
 
-from hpc_ddpm.data.dicom import read_series, read_slices
-from hpc_ddpm.data.formats import EXPECTED, NIBABEL, SUFFIXES, Header, inner_file
+from hpc_ddpm.data.dicom import is_series, read_series, read_slices
+from hpc_ddpm.data.formats import EXPECTED, ITK, NIBABEL, SUFFIXES, Header, inner_file, is_png_stack, png_files
+from hpc_ddpm.data.itk import read_image, read_image_facts, read_stack
 from hpc_ddpm.data.nibabel_reader import open_header, read_array, read_facts
 from hpc_ddpm.data.series import split_series
 from hpc_ddpm.errors import ConfigError, DataFormatError, HpcDdpmError
@@ -49,6 +50,7 @@ def read_nifti(
     dtype: DTypeLike | None = np.float32,
     *,
     channels: bool = False,
+    beside: Path | None = None,
 ) -> Volume:
     """Read a volume with its scale factors applied and its axes brought to `orientation`.
 
@@ -57,6 +59,7 @@ def read_nifti(
         orientation: axis codes such as RAS or LPS, or `native`.
         dtype: of the result; None keeps the file's own (float64 where the file has scale factors).
         channels: accept 4-D files, as (C, D, H, W); else a 4-D file must hold a single volume.
+        beside: the image that a mask belongs to; a mask of PNG files takes its place from there.
 
     Raises:
         DataFormatError: missing, damaged or not a volume; names the file.
@@ -64,7 +67,7 @@ def read_nifti(
     """
     path = Path(path)
     file, number = split_series(path)
-    data, affine = _load(file, dtype if number is None else None)
+    data, affine = _load(file, dtype if number is None else None, beside)
     if number is not None:
         data = _one_of(data, number, path).astype(dtype or data.dtype, copy=False)
     while data.ndim > 4 and data.shape[-1] == 1:
@@ -103,8 +106,10 @@ def read_header(path: str | Path) -> Header:
     with _reading(path):
         place = inner_file(path)
         if not place.is_dir():
-            facts = read_facts(_named(place))
+            facts = (read_image_facts if _named(place).name.lower().endswith(ITK) else read_facts)(place)
             return facts if number is None else replace(facts, shape=facts.shape[:3])
+        if is_png_stack(place) and not is_series(place):
+            return Header((0, 0, len(png_files(place))), is_scaled=False, has_affine=True)
         slices = read_slices(place)
         columns, rows, frames = slices[0].shape
         return Header(
@@ -220,11 +225,25 @@ def _disk_dtype(volume: NDArray[Any], dtype: DTypeLike | None) -> np.dtype[Any]:
     return np.dtype(np.float32) if volume.dtype.kind == "f" else volume.dtype
 
 
-def _load(path: Path, dtype: DTypeLike | None) -> tuple[NDArray[Any], Affine]:
+def _read(path: Path, beside: Path | None) -> tuple[NDArray[Any], Affine]:
+    """The voxels as stored, and their affine."""
+    if path.is_dir() and is_png_stack(path) and not is_series(path):
+        if beside is None or not is_series(beside):
+            raise DataFormatError(
+                f"{path}: a folder of PNG files found, which does not say where its voxels lie; it can be the mask of "
+                "a DICOM series, by a table or a tree; else convert it to NIfTI",
+                "unreadable",
+            )
+        return read_stack(path, beside)
+    if path.is_dir():
+        return read_series(path)
+    return read_image(path) if _named(path).name.lower().endswith(ITK) else read_array(path)
+
+
+def _load(path: Path, dtype: DTypeLike | None, beside: Path | None) -> tuple[NDArray[Any], Affine]:
     """The array in the order of the file, and its affine."""
     with _reading(path):
-        place = inner_file(path)
-        data, affine = read_series(place) if place.is_dir() else read_array(_named(place))
+        data, affine = _read(inner_file(path), beside)
         if data.dtype.kind not in "biuf":
             raise DataFormatError(
                 f"{path}: voxels of type {data.dtype} found, numbers expected; convert the file", "unreadable"

@@ -55,7 +55,7 @@ def prepare(subject: Subject, config: DataConfig) -> Prepared:
         DataFormatError: a file is missing, damaged, or not what the configuration says; names the file.
     """
     config = _resolve(config)
-    file, labels, geometry = _read_mask(subject.mask, config)
+    file, labels, geometry = _read_mask(subject.mask, config, subject.images[config.modalities[0]])
     image = np.empty((config.num_modalities, *config.spatial_shape), np.float32)
     intensity = np.empty((config.num_modalities, 2), np.float32)
     shown: list[Inside | None] = []
@@ -92,7 +92,7 @@ def prepare_mask(path: str | Path, config: DataConfig, images: Sequence[Path] = 
         DataFormatError: as `prepare`; also where labels that come from the images are missing.
     """
     path, config = Path(path), _resolve(config)
-    file, labels, geometry = _read_mask(path, config)
+    file, labels, geometry = _read_mask(path, config, images[0] if images else None)
     shown: list[Inside | None] = []
     first: Image | None = None
     for image in images if config.labels.foreground_label is not None else ():
@@ -129,9 +129,9 @@ def _resolve(config: DataConfig) -> DataConfig:
     return config.model_copy(update={"labels": resolve_labels(config.labels, config.layout)})
 
 
-def _read_mask(path: Path, config: DataConfig) -> tuple[Volume, Mask, Geometry]:
+def _read_mask(path: Path, config: DataConfig, image: Path | None) -> tuple[Volume, Mask, Geometry]:
     """The file, its labels after resampling, and the geometry with the fit around the middle."""
-    file = read_nifti(path, config.orientation, dtype=None)
+    file = read_nifti(path, config.orientation, dtype=None, beside=image)
     rows = tuple(tuple(float(value) for value in row) for row in file.file_affine)
     geometry = Geometry(file.file_shape, rows, config.orientation, config.fit, config.size, config.voxel_size_mm)
     found = geometry.resampled[0]

@@ -103,7 +103,9 @@ def _settle(subjects: Sequence[Subject], config: DataConfig, num_workers: int) -
 def _values(subject: Subject) -> frozenset[int]:
     """Nothing where the mask cannot be read: then packing says why."""
     try:
-        return frozenset(values_of(read_nifti(subject.mask, dtype=None).data, subject.mask)) - {0, -1}
+        beside = next(iter(subject.images.values()), None)
+        mask = read_nifti(subject.mask, dtype=None, beside=beside)
+        return frozenset(values_of(mask.data, subject.mask)) - {0, -1}
     except DataFormatError:
         return frozenset()
 
@@ -209,8 +211,8 @@ def _is_brain(held: Held, subjects: Sequence[Subject], brain: int, config: DataC
 
 def _looks_like_brain(subject: Subject, brain: int, config: DataConfig) -> bool | None:
     try:
-        mask = np.rint(read_nifti(subject.mask, config.orientation, None).data)
         first = subject.images.get(config.modalities[0])
+        mask = np.rint(read_nifti(subject.mask, config.orientation, None, beside=first).data)
         image = read_nifti(first, config.orientation).data if first else None
         step = 1 if mask.size < LARGE else 2
     except DataFormatError:

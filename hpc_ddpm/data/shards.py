@@ -360,7 +360,18 @@ class Packed:
         return np.asarray(packed[:, [names.index(name) for name in wanted]])
 
     def geometry(self, index: int) -> Geometry:
-        """What `restore` needs to put a volume back on the subject's own grid."""
+        """What `restore` needs to put a volume back on the subject's own grid.
+
+        Raises:
+            DataFormatError: the numbers in the shard are not those of any place.
+        """
+        try:
+            with np.errstate(all="ignore"):
+                return self._geometry(index)
+        except (ValueError, ArithmeticError) as error:
+            raise self._damaged(index, f"its place cannot be told ({error})") from None
+
+    def _geometry(self, index: int) -> Geometry:
         x, y, z = (int(side) for side in self._value("original_shape", index))
         rows = tuple(tuple(float(value) for value in row) for row in self._value("original_affine", index))
         data = self.data

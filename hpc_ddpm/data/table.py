@@ -116,7 +116,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
             rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
             records = [_of_columns(path, number, row) for number, row in enumerate(rows, start=1)]
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise DataFormatError(f"{path}: not a readable table ({str(error).splitlines()[0]})") from None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataFormatError(f'{path}: expected a list of objects, or {{"subjects": [...]}}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +40,9 @@ from hpc_ddpm.files import reading_from
 Findings = Iterator[Finding]
 Progress = Callable[[int, int], None]
 CRC_DIGITS = 8
+
+LOOK_S, SLOW_BYTES_S = 30.0, 1e7
+"""What a look into a damaged shard may take of the processor."""
 
 
 @dataclass(frozen=True)
@@ -193,12 +197,12 @@ def _sha256(path: Path) -> str:
 
 
 def _look_apart(shard: _Shard) -> list[Finding]:
-    """`_look_inside` a damaged shard, in a process that may crash over it; says so if no voxel is hit."""
+    """`_look_inside` a damaged shard, in a process that may crash or hang over it; says so if no voxel is hit."""
     try:
         with process_pool(1, preload=__name__) as executor:
             findings = executor.submit(_list_inside, shard).result()
     except BrokenProcessPool:
-        return [shard.finding("unreadable-shard", f"HDF5 crashes on {shard.path.name}")]
+        return [shard.finding("unreadable-shard", f"HDF5 crashes or never ends on {shard.path.name}")]
     if findings:
         return findings
     found = (
@@ -208,6 +212,7 @@ def _look_apart(shard: _Shard) -> list[Finding]:
 
 
 def _list_inside(shard: _Shard) -> list[Finding]:
+    signal.setitimer(signal.ITIMER_PROF, LOOK_S + shard.entry["size_bytes"] / SLOW_BYTES_S)  # damage may be endless
     return list(_look_inside(shard, deep=True))
 
 

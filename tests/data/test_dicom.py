@@ -67,6 +67,10 @@ def test_voxels_and_place(tmp_path: Path, volume: np.ndarray, name: str) -> None
             ),
             "x.dcm is damaged or not a DICOM image",
         ),
+        (
+            lambda f: write_slice(f / "x.dcm", np.ones((10, 8)), 24, "1.2.3.4", Rows=65535, Columns=65535),
+            "its header promises 8589672450 bytes, the file has",
+        ),
         (lambda f: [file.unlink() for file in f.iterdir()], "no DICOM files found"),
     ],
 )

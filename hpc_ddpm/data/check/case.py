@@ -147,7 +147,8 @@ def open_case(subject: Subject, config: DataConfig) -> Case:
                 case.findings.append(case.finding("series", found, role))
                 continue
             dtype = None if role == MASK else np.float32
-            case.volumes[role] = read_nifti(case.path(role), config.orientation, dtype)
+            beside = case.path(config.modalities[0])
+            case.volumes[role] = read_nifti(case.path(role), config.orientation, dtype, beside=beside)
         except DataFormatError as error:
             case.findings.append(case.refusal(error))
     return case
