@@ -14,7 +14,7 @@ from dicom_files import true_affine, write_series, write_slice
 
 from hpc_ddpm.config import DataConfig
 from hpc_ddpm.data.check.run import check
-from hpc_ddpm.data.discover import find_masks
+from hpc_ddpm.data.find_masks import find_masks
 from hpc_ddpm.data.formats import is_volume, stem, volume_files
 from hpc_ddpm.data.nifti import read_header, read_nifti
 from hpc_ddpm.data.pack import pack
