@@ -290,6 +290,7 @@ def test_every_preset_packs_and_trains(torchrun: Torchrun, tmp_path: Path) -> No
         small = [
             f"data.size={size}",
             "data.fit=resize",
+            "data.crop_center=volume",
             "data.voxel_size_mm=null",
             "data.num_workers=0",
             "data.val_fraction=0",
