@@ -24,20 +24,51 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, cast
 
 import torch
+from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
 from hpc_ddpm.distributed import Ranks, all_or_none, broadcast_object
 from hpc_ddpm.errors import CheckpointError, ClusterError
-from hpc_ddpm.files import fsync, write_json
+from hpc_ddpm.files import FileName, fsync, write_json
+from hpc_ddpm.sealed import Count, read_json
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
 UNREADABLE = (errno.ENOENT, errno.EIO, errno.ESTALE)
 """Deleted while it is read, or on failing storage: another checkpoint may be whole. What is forbidden is no damage."""
+USE_ANOTHER = "use another checkpoint of the run"
 _STEP = re.compile(r"step_(\d{8})")
+
+
+class FileFacts(TypedDict):
+    """What a manifest says of a file."""
+
+    size: Count
+    """Bytes."""
+    sha256: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class Manifest(TypedDict, total=False):
+    """MANIFEST.json; what a later version adds is kept."""
+
+    format_version: Required[int]
+    step: Required[Count]
+    files: Required[dict[FileName, FileFacts]]
+    created: str
+    config_digest: str
+    data_digest: str
+    optimizer_step: Count
+    ema_updates: Count
+    loss_scaler: dict[str, Any] | None
+    precision: str
+    weights: list[str]
+    zero_stage: Count
+    world_size: Count
 
 
 def step_dirs(root: Path) -> list[Path]:
@@ -87,15 +118,30 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """What a checkpoint folder says of itself; its files are not looked at.
 
     Raises:
-        CheckpointError: no manifest, or one of another format version.
+        CheckpointError: no manifest, a damaged one, or one of another format version.
+        ClusterError: it may not be read.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no readable {MANIFEST} ({error}); this checkpoint is incomplete") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}")
+        manifest = cast("dict[str, Any]", read_json(path / MANIFEST, Manifest, USE_ANOTHER, CheckpointError))
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            _refuse_forbidden(path / MANIFEST, error.__cause__)
+        raise
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format {manifest['format_version']}, this version reads {FORMAT_VERSION}")
     return manifest
+
+
+def _refuse_forbidden(file: Path, error: OSError) -> None:
+    """What may not be read is no damage: or a run would begin again at step 0.
+
+    Raises:
+        ClusterError: it may not be.
+    """
+    if error.errno not in UNREADABLE:
+        raise ClusterError(
+            f"{file}: cannot be read ({error.strerror}); mend its permissions, then run the same command"
+        ) from error
 
 
 def check_sizes(path: Path) -> dict[str, Any]:
@@ -152,11 +198,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             with (path / name).open("rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            if error.errno in UNREADABLE:
-                raise CheckpointError(f"{path / name}: cannot be read ({error.strerror})") from error
-            raise ClusterError(
-                f"{path / name}: cannot be read ({error.strerror}); mend its permissions, then run the same command"
-            ) from error
+            _refuse_forbidden(path / name, error)
+            raise CheckpointError(f"{path / name}: cannot be read ({error.strerror})") from error
         if found != row["sha256"]:
             raise CheckpointError(f"{path / name}: its SHA-256 is not the one in {MANIFEST}; the file is damaged")
     return manifest
@@ -303,5 +346,5 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a readable file of pieces ({error}); use another checkpoint") from error

@@ -7,13 +7,17 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from hpc_ddpm.errors import ClusterError, DataFormatError
+from hpc_ddpm.sealed import KEY, seal
 from hpc_ddpm.text import CONTROL
 
 FAULTS = (errno.EIO, errno.ESTALE)
@@ -30,6 +34,26 @@ _NAME = re.compile(rf"(?!\.)[^/\\\ud800-\udfff{CONTROL}]{{1,255}}")
 def is_file_name(text: str) -> bool:
     """Whether it names a file or folder by itself: UTF-8, not hidden, no slash or control character, not too long."""
     return _NAME.fullmatch(text) is not None
+
+
+def _fit(text: str) -> str:
+    if not is_file_name(text):
+        raise ValueError("a name without slashes or leading dot expected")
+    return text
+
+
+FileName = Annotated[str, AfterValidator(_fit)]
+"""In the shape of a JSON file: text that `is_file_name`."""
+
+
+def _inner(text: str) -> str:
+    if not all(map(is_file_name, text.split("/"))):
+        raise ValueError("a path within the folder, without leading dots, expected")
+    return text
+
+
+InnerPath = Annotated[str, AfterValidator(_inner)]
+"""In the shape of a JSON file: a relative path that does not leave its folder."""
 
 
 def first_unfit(names: Sequence[str]) -> str | None:
@@ -71,11 +95,68 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(
-    path: Path, value: Any, *, indent: int | None = None, durable: bool = True, scratch: Path | None = None
+    path: Path,
+    value: Any,
+    *,
+    indent: int | None = None,
+    durable: bool = True,
+    scratch: Path | None = None,
+    is_sealed: bool = True,
 ) -> None:
-    """Atomically write `value` as JSON; the order of keys is kept. `indent` where a person will read it."""
+    """Atomically write `value` as JSON; the order of keys is kept. `indent` where a person will read it.
+
+    An object gets a checksum (`hpc_ddpm.sealed`), unless other programs define the format: then `is_sealed=False`.
+    """
+    if is_sealed and isinstance(value, dict):
+        inner = {name: part for name, part in value.items() if name != KEY}  # of a file that was read in another way
+        text = seal(json.dumps(inner, indent=indent, ensure_ascii=False))
+    else:
+        text = json.dumps(value, indent=indent, ensure_ascii=False)
     with atomic_path(path, durable=durable, scratch=scratch) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to a file, on the disk at return; a torn line before them stays by itself."""
+    data = "".join(f"{line}\n" for line in lines).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            data = data if file.read(1) == b"\n" else b"\n" + data
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Add an object with its checksum to a JSONL file, as `append_lines` does."""
+    append_lines(path, [seal(json.dumps(value))])
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`; on success its files are brought to the disk and it is renamed, else removed.
+
+    Raises:
+        FileExistsError: `path` is there already, and not an empty folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in (*temporary.rglob("*"), temporary):
+            fsync(entry)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            raise
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from hpc_ddpm import __version__
-from hpc_ddpm.files import write_text
+from hpc_ddpm.files import append_lines, write_text
+from hpc_ddpm.sealed import read_log
 
 PACKAGES = (
     "torch",
@@ -87,11 +90,10 @@ class RunLog:
             return
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        path, rows = run_dir / METRICS, list(read_metrics(run_dir))
+        path, rows = run_dir / METRICS, read_metrics(run_dir)
         lost = [row for row in rows if row["step"] > start_step]
         if lost:
-            with (run_dir / LOST).open("a", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps(row)}\n" for row in lost)
+            append_lines(run_dir / LOST, map(json.dumps, lost))
         write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= start_step))
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
@@ -130,13 +132,16 @@ class RunLog:
                 threading.excepthook = self._show
 
 
-def read_metrics(run_dir: Path, name: str = METRICS) -> Iterator[dict[str, Any]]:
-    """Rows of metrics.jsonl, or of LOST, in order; a torn last line (killed while writing) is left out."""
-    path = run_dir / name
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
+def _with_step(row: dict[str, int | float]) -> dict[str, int | float]:
+    if not isinstance(row.get("step"), int) or row["step"] < 0:
+        raise ValueError("a row with its step expected")
+    return row
+
+
+Row = Annotated[dict[str, int | float], AfterValidator(_with_step)]
+"""Of metrics.jsonl; NaN where a loss was none. It decides nothing, so it carries no checksum."""
+
+
+def read_metrics(run_dir: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl, or of LOST, in order; torn and damaged lines are left out."""
+    return read_log(run_dir / name, Row, is_sealed=False)

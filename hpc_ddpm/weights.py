@@ -1,34 +1,37 @@
 """Weights in and out: Med-DDPM's `.pt` files, our folders, and runs.
 
 A weights folder holds `weights.safetensors` (the network's float32 tensors), `config.json` (the whole
-configuration) and `provenance.json` (where they come from).
+configuration) and `provenance.json` (where they come from, and the SHA-256 of the tensors' file).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
-import shutil
+import io
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, cast
 
 import torch
+from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from hpc_ddpm.checkpoint import PieceReader, latest_checkpoint
+from hpc_ddpm.checkpoint import FileFacts, PieceReader, latest_checkpoint
 from hpc_ddpm.config import Config, list_presets, load_config
 from hpc_ddpm.diffusion.schedules import build_schedule
 from hpc_ddpm.errors import CheckpointError
-from hpc_ddpm.files import write_json
+from hpc_ddpm.files import atomic_folder, atomic_path, write_json, writing_to
 from hpc_ddpm.model.unet3d import build_unet
 from hpc_ddpm.runlog import provenance
+from hpc_ddpm.sealed import LONGEST, read_json, say_old
 
 WEIGHTS, CONFIG, PROVENANCE = "weights.safetensors", "config.json", "provenance.json"
+NEEDED = "copy it again: weights need it to know their network"
 PREFIX = "denoise_fn."
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUFFER_TOLERANCE = 1e-5  # relative; between schedules, floats differ by far more
@@ -42,6 +45,13 @@ def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {list(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().data)
     return digest.hexdigest()
+
+
+@with_config(ConfigDict(extra="allow"))
+class Provenance(TypedDict):
+    """provenance.json; without `files`, an earlier version wrote it."""
+
+    files: NotRequired[dict[str, FileFacts]]
 
 
 class Weights(NamedTuple):
@@ -114,17 +124,17 @@ def save_weights(folder: Path, state_dict: Mapping[str, Tensor], config: Config,
 
     Raises:
         CheckpointError: something is in the way, or the tensors do not fit the configuration.
+        ClusterError: it cannot be written.
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; remove it or choose another folder")
     _check_shapes(state_dict, config, folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({key: tensor.detach().float().contiguous() for key, tensor in state_dict.items()}, temporary / WEIGHTS)
-    write_json(temporary / CONFIG, config.dump(), indent=2)
-    write_json(temporary / PROVENANCE, dict(provenance), indent=2)
-    temporary.replace(folder)
+    content = save({key: tensor.detach().float().contiguous() for key, tensor in state_dict.items()})
+    facts = {WEIGHTS: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    with writing_to(folder), atomic_folder(folder) as temporary:
+        (temporary / WEIGHTS).write_bytes(content)
+        write_json(temporary / CONFIG, config.dump(), indent=2)
+        write_json(temporary / PROVENANCE, {**provenance, "files": facts}, indent=2)
 
 
 def load_weights(path: Path, overrides: Iterable[str] = ()) -> Weights:
@@ -134,8 +144,13 @@ def load_weights(path: Path, overrides: Iterable[str] = ()) -> Weights:
         CheckpointError: a file is missing or damaged.
     """
     file = path if path.suffix == ".safetensors" else path / WEIGHTS
-    tensors = _read_tensors(file)
-    return Weights(tensors, _read_config(file.parent, overrides), _read_json(file.parent / PROVENANCE))
+    if not file.is_file():
+        raise CheckpointError(f"no {file}; a weights folder holds {WEIGHTS}, {CONFIG} and {PROVENANCE}")
+    provenance = cast("dict[str, Any]", read_json(file.parent / PROVENANCE, Provenance, NEEDED, CheckpointError))
+    facts = provenance.pop("files", {}).get(file.name)
+    if facts is None:
+        say_old(file.parent)
+    return Weights(_read_tensors(file, facts), _read_config(file.parent, overrides), provenance)
 
 
 def find_run_weights(run_dir: Path, overrides: Iterable[str] = (), checkpoint: Path | None = None) -> Weights:
@@ -151,8 +166,10 @@ def find_run_weights(run_dir: Path, overrides: Iterable[str] = (), checkpoint: P
         raise CheckpointError(f"{run_dir} has no whole checkpoint; let it train to its next one")
     config = _read_config(run_dir, overrides)
     which = config.sampling.weights
+    tensors = read_checkpoint_weights(checkpoint, which)
+    _check_values(tensors, checkpoint)
     origin = {"run": run_dir.resolve().name, "checkpoint": checkpoint.name, "which": which}
-    return Weights(read_checkpoint_weights(checkpoint, which), config, {"source": origin})
+    return Weights(tensors, config, {"source": origin})
 
 
 def read_checkpoint_weights(checkpoint: Path, which: str) -> dict[str, Tensor]:
@@ -168,28 +185,25 @@ def read_checkpoint_weights(checkpoint: Path, which: str) -> dict[str, Tensor]:
     return reader.full(which)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_tensors(file: Path, facts: FileFacts | None) -> dict[str, Tensor]:
     try:
-        return load_file(file)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no {file}; a weights folder holds {WEIGHTS}, {CONFIG} and {PROVENANCE}") from error
-    except (SafetensorError, OSError) as error:
+        if facts and _sha256(file) != facts["sha256"]:
+            raise CheckpointError(f"{file}: its SHA-256 is not the one in {PROVENANCE}: damaged; copy it again")
+        tensors = load_file(file)
+    except (SafetensorError, OSError, KeyError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
+    _check_values(tensors, file)
+    return tensors
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_config(folder: Path, overrides: Iterable[str]) -> Config:
-    _read_json(folder / CONFIG)
+    read_json(folder / CONFIG, dict[str, Any], NEEDED, CheckpointError)
     return load_config(folder / CONFIG, overrides).config  # JSON is YAML
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {file} ({error}); weights need it to know their network") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found a {type(value).__name__}; copy it again")
-    return value
 
 
 # -------------------------------------------------------------------------------------------- Med-DDPM
@@ -218,9 +232,8 @@ def import_med_ddpm(path: Path, config: Config, *, ema: bool = True) -> Weights:
     state_dict = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
     _check_shapes(state_dict, config, path)
     _check_buffers(tensors, config, path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    source = {"file": path.name, "sha256": digest, "step": int(content.get("step", 0)), "which": which}
+    _check_values(state_dict, path)
+    source = {"file": path.name, "sha256": _sha256(path), "step": _step(content), "which": which}
     return Weights(state_dict, config, {**provenance(), "source": source})
 
 
@@ -229,6 +242,7 @@ def export_med_ddpm(source: Path, out: Path) -> None:
 
     Raises:
         CheckpointError: the source is damaged, or has covariates, or `out` exists.
+        ClusterError: `out` cannot be written.
     """
     weights = read_weights(source)
     if weights.config.data.covariates:
@@ -241,10 +255,12 @@ def export_med_ddpm(source: Path, out: Path) -> None:
     wrapped = build_schedule(weights.config.diffusion).med_ddpm_buffers()
     template = _expected_shapes(weights.config)  # Med-DDPM's order of keys
     wrapped |= {f"{PREFIX}{key}": weights.state_dict[key].float() for key in template}
-    step = int(weights.provenance.get("source", {}).get("step", 0))
-    temporary = out.with_name(f".{out.name}.tmp")
-    torch.save({"step": step, "model": wrapped, "ema": wrapped}, temporary)
-    temporary.replace(out)
+    origin = weights.provenance.get("source")
+    step = _step(origin if isinstance(origin, dict) else {})
+    content = io.BytesIO()  # of a full disk, torch.save itself would say that a file was not written as it should be
+    torch.save({"step": step, "model": wrapped, "ema": wrapped}, content)
+    with writing_to(out.parent), atomic_path(out) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def _load_tensors_only(path: Path) -> dict[str, Any]:
@@ -253,17 +269,36 @@ def _load_tensors_only(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols of foreign files
+            _check_zip(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file makes PyTorch's reader raise whatever comes
         if "unsupported global" in str(error).lower():
             raise CheckpointError(
                 f"{path}: refused, it holds more than tensors and could run code when loaded; "
                 "ask its author for a file with only {'step', 'model', 'ema'} state dicts"
             ) from error
-        raise CheckpointError(f"{path}: not a readable PyTorch file; download or copy it again") from error
+        why = str(error).splitlines()[0][:LONGEST] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a readable PyTorch file ({why}); download or copy it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected {{'step', 'model', 'ema'}}, found a {type(content).__name__}")
     return content
+
+
+def _step(content: Mapping[str, Any]) -> int:
+    step = content.get("step", 0)
+    return int(step) if isinstance(step, int | float | Tensor) else 0
+
+
+def _check_zip(path: Path) -> None:
+    """Against its CRCs, at which PyTorch does not look; files from before PyTorch 1.6 are no zip files and have none.
+
+    Raises:
+        ValueError: names the damaged part.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"the CRC of {damaged} is wrong")
 
 
 def _describe(content: Mapping[Any, Any]) -> str:
@@ -293,6 +328,14 @@ def _check_shapes(state_dict: Mapping[str, Tensor], config: Config, where: Path)
     )
 
 
+def _check_values(state_dict: Mapping[str, Tensor], where: Path) -> None:
+    for key, tensor in state_dict.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{where}: '{key}' has values that are NaN or infinite; use weights from before the training diverged"
+            )
+
+
 def _shape(shapes: Mapping[str, torch.Size], key: str) -> str:
     return str(list(shapes[key])) if key in shapes else "absent"
 
@@ -312,7 +355,7 @@ def _check_buffers(buffers: Mapping[str, Tensor], config: Config, where: Path) -
         same_length = found.shape == expected.shape
         if not same_length or not torch.allclose(found.float(), expected, rtol=BUFFER_TOLERANCE, atol=1e-12):
             raise CheckpointError(
-                f"{where} was trained with another schedule: '{name}' has {len(found)} timesteps there, "
+                f"{where} was trained with another schedule: '{name}' has {found.numel()} timesteps there, "
                 f"{len(expected)} here{' with other values' if same_length else ''}; "
                 "set diffusion.schedule and diffusion.num_timesteps"
             )

@@ -68,9 +68,10 @@ def _steps(rows: Iterable[Mapping[str, Any]], per_gpu: bool) -> dict[str, float]
     for row in rows:
         count += 1
         if "step_time_s" in row:
-            ranks = row["volumes_per_s"] / row["volumes_per_s_per_rank"] if per_gpu else 1
+            per_rank = row.get("volumes_per_s_per_rank") if per_gpu else None
+            ranks = row["volumes_per_s"] / per_rank if per_rank and "volumes_per_s" in row else 1
             elapsed = ranks * row["step_time_s"] * count
-            total, waiting = total + elapsed, waiting + elapsed * row["data_wait_share"]
+            total, waiting = total + elapsed, waiting + elapsed * row.get("data_wait_share", 0.0)
             saving += ranks * row.get("checkpoint_stall_s", 0.0)
             count = 0
     return {"computing": max(0.0, total - waiting - saving), "waiting_for_data": waiting, "saving": saving}

@@ -8,50 +8,87 @@ RUN/jobs/TASK_RANK_log.out  what a rank printed, over all restarts
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, cast
+
+from pydantic import AfterValidator, ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from hpc_ddpm.errors import ClusterError
-from hpc_ddpm.files import write_json, writing_to
+from hpc_ddpm.files import append_json, write_json, writing_to
+from hpc_ddpm.sealed import Count, Finite, read_json, read_log
 from hpc_ddpm.workers.sole import sole_owner
 
 FOLDER = "jobs"
 GPU_STAGES = ("train", "sample", "bench")
 """Packing and pictures are work for the cores of a whole node."""
+MAX_TASKS = 4_000_001
+"""Of an array, the most that SLURM can be set to."""
+JobId = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,18}$")]
+"""It becomes the word of a command, and a part of paths."""
 
 
+@with_config(ConfigDict(extra="allow"))
+class Event(TypedDict):
+    """A job, a task or a rank of it starts, ends, or is requeued; `time` in seconds since the epoch."""
+
+    event: Literal["start", "end", "requeue"]
+    time: Finite
+    restarts: NotRequired[Count]
+    nodes: NotRequired[str]
+    code: NotRequired[int]
+    rank: NotRequired[Count]
+    mark: NotRequired[str]
+    is_excused: NotRequired[bool]
+    is_orderly: NotRequired[bool]
+    comes_back: NotRequired[bool]
+    requeued: NotRequired[bool]
+    why: NotRequired[str]
+
+
+def _with_code(event: dict[str, Any]) -> dict[str, Any]:
+    if event["event"] == "end" and "code" not in event:
+        raise ValueError("an end with its code expected")
+    return event
+
+
+EVENT: Any = Annotated[Event, AfterValidator(_with_code)]
+
+
+def _with_executor(profile: dict[str, Any]) -> dict[str, Any]:
+    if profile.get("executor") not in ("slurm", "local", "debug"):
+        raise ValueError("a profile with its executor expected")
+    return profile
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Submission:
     """One job or array as it was submitted."""
 
-    job_id: str
+    job_id: JobId
     stage: str
     """train, sample, bench, pack or report."""
     arguments: list[str]
     """Of `hpc-ddpm`."""
     run_dir: str
     cwd: str
-    profile: dict[str, Any]
+    profile: Annotated[dict[str, Any], AfterValidator(_with_executor)]
     """All values."""
-    num_tasks: int
+    num_tasks: Annotated[int, Field(ge=0, le=MAX_TASKS)]
     """Of the array; 0 is a plain job."""
-    nodes: int
+    nodes: Count
     """Of the job, or of each task."""
-    ranks_per_node: int
-    submitted: float
+    ranks_per_node: Count
+    submitted: Finite
     """Seconds since the epoch."""
     host: str
     git_commit: str | None
-    gpus_per_rank: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.job_id.isdecimal():  # it becomes the word of a command, and a part of paths
-            raise ValueError(f"no number of a job: {self.job_id!r}")
+    gpus_per_rank: Count = 1
 
     @property
     def task_ids(self) -> list[str]:
@@ -84,14 +121,14 @@ def read_submissions(run_dir: Path, *, skip_foreign: bool = False) -> list[Submi
     """
     found = []
     for path in (run_dir / FOLDER).glob("*.json"):
+        advice = f"no record of a job, or a damaged one: remove it once no job of {run_dir} is queued or runs"
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            found.append(Submission(**(record | {"run_dir": str(run_dir.resolve())})))
-        except (ValueError, TypeError, AttributeError):
+            record = read_json(path, Submission, advice, ClusterError)
+        except ClusterError:
             if not skip_foreign:
-                raise ClusterError(
-                    f"{path}: no record of a job, or a torn one; remove it once no job of {run_dir} is queued or runs"
-                ) from None
+                raise
+        else:
+            found.append(replace(record, run_dir=str(run_dir.resolve())))
     return sorted(found, key=lambda submission: submission.submitted)
 
 
@@ -106,22 +143,12 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
 
 def add_event(run_dir: Path, task_id: str, event: dict[str, Any], kind: str = "events") -> None:
     """Append a start or an end, or to `ranks` the end of one rank."""
-    path = run_dir / FOLDER / f"{task_id}.{kind}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
+    append_json(run_dir / FOLDER / f"{task_id}.{kind}.jsonl", event)
 
 
 def read_events(run_dir: Path, task_id: str, kind: str = "events") -> list[dict[str, Any]]:
-    """Of one job or array task, oldest first; a torn line is left out."""
-    path = run_dir / FOLDER / f"{task_id}.{kind}.jsonl"
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
+    """Of one job or array task, oldest first; torn and damaged lines are left out."""
+    return cast("list[dict[str, Any]]", read_log(run_dir / FOLDER / f"{task_id}.{kind}.jsonl", EVENT, ClusterError))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -17,6 +16,7 @@ from hpc_ddpm.distributed import Ranks, all_gather, broadcast_object, detect_ran
 from hpc_ddpm.errors import ClusterError, ConfigError
 from hpc_ddpm.files import write_json
 from hpc_ddpm.runlog import provenance
+from hpc_ddpm.sealed import read_json
 from launch.bench_stages import workplace
 from launch.child_ranks import Agents, agents
 from launch.progress import progress_bar
@@ -93,7 +93,7 @@ def _run_point(
     error = team.run(words, count, folder / f"logs-{count}")
     if error or not team.ranks.is_main:
         return [], error
-    return [json.loads(result.read_text(encoding="utf-8"))], ""
+    return [read_json(result, dict[str, Any], "measure again")], ""
 
 
 def _report(
@@ -176,7 +176,7 @@ def _comm_on_new_ranks(config: Config, num_ranks: int) -> dict[str, Any]:
         error = team.run(["-m", "launch.cli", "bench", "comm", *words], num_ranks, folder / "logs")
         if error:
             raise ClusterError(f"the ranks failed: {error}")
-        report: dict[str, Any] = json.loads((folder / "comm.json").read_text(encoding="utf-8"))
+        report = read_json(folder / "comm.json", dict[str, Any], "measure again")
     report["environment"]["command"] = provenance()["command"]
     return report
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from hpc_ddpm.config import Config, load_config, with_overrides
 from hpc_ddpm.distributed import TIMEOUT_S, Ranks, StopFlag, detect_ranks, process_group
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import writing_to
+from hpc_ddpm.sealed import read_json
 from hpc_ddpm.training.resume import CONFIG_FILE, check_resume, stored_config
 from launch.progress import progress_bar, tell_steps
 from launch.submit_checks import SEGMENTER
@@ -114,7 +114,7 @@ def _train(run_dir: Path, source: str | None, overrides: Sequence[str], show_pro
         if config.training.profile_steps and (run_dir / PROFILE / "where.txt").is_file():
             print((run_dir / PROFILE / "where.txt").read_text(encoding="utf-8"))
         if config.training.init_from or config.training.freeze:
-            print(start_line(json.loads((run_dir / START_FILE).read_text(encoding="utf-8"))))
+            print(start_line(read_json(run_dir / START_FILE, dict[str, Any], "remove it")))
         print(_outcome(result.step, total, result.resumed_from, result.stopped_by, run_dir))
     return 128 + result.stopped_by if result.stopped_by else 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -14,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_ddpm.errors import ClusterError
+from typing_extensions import TypedDict
+
+from hpc_ddpm.errors import ClusterError, DataFormatError
+from hpc_ddpm.sealed import Count, read_json
 from launch import slurm
 from launch.progress import format_duration
 from launch.records import Submission, read_submissions
@@ -149,6 +151,19 @@ def _is_controller_alive(submission: Submission) -> bool:
 # ------------------------------------------------------------------------------------------------------ progress
 
 
+class Lengths(TypedDict):
+    """How long a training is."""
+
+    num_steps: Count
+    global_batch: Count
+
+
+class Stored(TypedDict):
+    """What its config.json says of that."""
+
+    training: Lengths
+
+
 def progress(job: JobState) -> dict[str, Any]:
     """What the run directory tells of a training or a generated set.
 
@@ -172,11 +187,14 @@ def _training_progress(run: Path, is_running: bool, started: float) -> dict[str,
     from hpc_ddpm.runlog import read_metrics
 
     path = run / "config.json"
-    rows = list(read_metrics(run))
+    rows = read_metrics(run)
     is_starting = is_running and (not rows or rows[-1].get("time", math.inf) < started)
     if not path.is_file():
         return {"is_starting": True} if is_starting else {}
-    training = json.loads(path.read_text(encoding="utf-8"))["training"]
+    try:
+        training = read_json(path, Stored, "put it back")["training"]
+    except DataFormatError:
+        return {}
     step = rows[-1]["step"] if rows else 0
     rate = next((row["volumes_per_s"] for row in reversed(rows) if "volumes_per_s" in row), None)
     left = (training["num_steps"] - step) * training["global_batch"]
@@ -185,13 +203,12 @@ def _training_progress(run: Path, is_running: bool, started: float) -> dict[str,
         "total": training["num_steps"],
         "unit": "steps",
         "volumes_per_s": rate,
-        "eta_s": round(left / rate) if rate else None,
+        "eta_s": round(left / rate) if rate and 0 < rate < math.inf else None,
         "is_starting": is_starting,
     }
 
 
 def _sampling_progress(run: Path, is_running: bool) -> dict[str, Any]:
-    from hpc_ddpm.errors import DataFormatError
     from hpc_ddpm.sampling.status import read_status
 
     try:

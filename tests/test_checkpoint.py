@@ -37,6 +37,7 @@ from hpc_ddpm.checkpoint import (
 from hpc_ddpm.config import TrainingConfig
 from hpc_ddpm.distributed import Ranks, process_group
 from hpc_ddpm.errors import CheckpointError, ClusterError
+from hpc_ddpm.files import write_json
 from hpc_ddpm.training.saver import Saver
 from hpc_ddpm.workers.sole import sole_owner
 from launch.checkpoint_commands import checkpoint_app
@@ -210,7 +211,7 @@ def test_storage_that_fails_is_damage_and_a_prohibition_is_not(
 
 def test_another_format_is_refused(root: Path) -> None:
     path = root / "step_00000003" / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    write_json(path, json.loads(path.read_text()) | {"format_version": 99})
     with pytest.raises(CheckpointError, match="format 99"):
         verify_checkpoint(path.parent)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hpc_ddpm.data.resplit import resplit
 from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.distributed import Ranks, process_group
 from hpc_ddpm.errors import ConfigError, HpcDdpmError
+from hpc_ddpm.files import write_json
 from hpc_ddpm.training.loop import train
 from hpc_ddpm.training.resume import check_data, check_resume, stored_config
 from tests.conftest import TINY
@@ -27,7 +27,7 @@ def config(*overrides: str) -> Config:
 def begun(tmp_path: Path) -> Path:
     """A run directory whose newest checkpoint is of step 3."""
     checkpoint_dir(tmp_path / "checkpoints", 3).mkdir(parents=True)
-    (tmp_path / "config.json").write_text(json.dumps(config().dump()))
+    write_json(tmp_path / "config.json", config().dump())
     return tmp_path
 
 
@@ -61,7 +61,9 @@ def test_a_refused_start_leaves_no_trace_to_trip_over(
 
 def test_other_volumes_are_refused(tiny_packed: Path, tmp_path: Path) -> None:
     digest = open_packed(tiny_packed).digest("train")
-    (tmp_path / "MANIFEST.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "data_digest": digest}))
+    write_json(
+        tmp_path / "MANIFEST.json", {"format_version": FORMAT_VERSION, "step": 3, "files": {}, "data_digest": digest}
+    )
     check_data(tmp_path, tiny_packed)
     shutil.copytree(tiny_packed, tmp_path / "packed")
     ids = [subject.id for subject in open_packed(tiny_packed).subjects()]
@@ -72,7 +74,7 @@ def test_other_volumes_are_refused(tiny_packed: Path, tmp_path: Path) -> None:
 
 def test_the_length_of_a_cosine_is_part_of_it(tmp_path: Path) -> None:
     cosine = "training.lr_schedule=cosine"
-    (tmp_path / "config.json").write_text(json.dumps(config(cosine).dump()))
+    write_json(tmp_path / "config.json", config(cosine).dump())
     with pytest.raises(ConfigError, match=r"training\.num_steps 6 -> 12"):
         check_resume(tmp_path, config(cosine, "training.num_steps=12"))
     (tmp_path / "config.json").write_text("{")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from hpc_ddpm.errors import DataFormatError
 from hpc_ddpm.files import write_json
 from hpc_ddpm.runlog import provenance
+from hpc_ddpm.sealed import read_json
 
 SCHEMA, VERSION = "hpc_ddpm benchmark", 1
 GIB = 2**30
@@ -39,11 +41,16 @@ class Environment(TypedDict):
     """Of `bench train` and `sample`: where a convolution spends its time, longest first; on a CPU, operations."""
 
 
-class Report(TypedDict):
-    """One run of one benchmark."""
+class Kind(TypedDict):
+    """Which kind of file it is."""
 
     schema: str
     version: int
+
+
+class Report(Kind):
+    """One run of one benchmark."""
+
     benchmark: str
     """data, train, sample, ..."""
     environment: Environment
@@ -104,14 +111,12 @@ def read_report(path: Path) -> Report:
     Raises:
         DataFormatError: not a report, or of another version.
     """
-    try:
-        report: Report = json.loads(path.read_text(encoding="utf-8"))
-        found = report["schema"], report["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataFormatError(f"{path}: not a benchmark report ({error}); measure again") from None
+    advice = "not a benchmark report; measure again"
+    kind = read_json(path, Kind, advice, is_sealed=False)
+    found = kind["schema"], kind["version"]
     if found != (SCHEMA, VERSION):
         raise DataFormatError(f"{path}: {found[0]} {found[1]} found, {SCHEMA} {VERSION} expected; measure again")
-    return report
+    return read_json(path, Report, advice, is_sealed=False)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

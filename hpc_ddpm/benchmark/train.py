@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hpc_ddpm.device import resolve_precision
 from hpc_ddpm.distributed import Ranks
 from hpc_ddpm.model.gpus import peak_flops
 from hpc_ddpm.model.planner import DTYPES, GIB, Planner
+from hpc_ddpm.sealed import read_json
 from hpc_ddpm.training.loop import train
 from hpc_ddpm.training.memory import CHOICE_FILE
 from hpc_ddpm.training.profiling import FOLDER as PROFILE
@@ -89,7 +89,7 @@ def bench_train(
     policy = _policy(config, run_dir)
     counted, excluded = choose_counted(logs, warm_up)
     per_rank = config.training.global_batch / ranks.world_size
-    where = json.loads((run_dir / PROFILE / WHERE_FILE).read_text(encoding="utf-8"))
+    where = read_json(run_dir / PROFILE / WHERE_FILE, dict[str, Any], "measure again")
     shares = {part: seconds / where["wall_s"] for part, seconds in where["parts_s"].items()}
     plan = Planner(config, ranks.world_size, precision, device.type).plan(policy, config.training.micro_batch)
     return make_row(
@@ -137,5 +137,5 @@ def _policy(config: Config, run_dir: Path) -> str:
     policy = config.model.activation_checkpointing
     if policy != "auto":
         return policy
-    chosen: str = json.loads((run_dir / CHOICE_FILE).read_text(encoding="utf-8"))["activation_checkpointing"]
+    chosen: str = read_json(run_dir / CHOICE_FILE, dict[str, Any], "measure again")["activation_checkpointing"]
     return chosen

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.sealed import UnreadableError, unseal
 from hpc_ddpm.text import show
 
 MAX_BYTES = 2**16
@@ -75,10 +76,12 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         ConfigError: unreadable, not YAML, too large, no mapping, or a key given twice.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_BYTES + 1)
+        with path.open("rb") as file:
+            text = unseal(file.read(MAX_BYTES + 1))[0].decode("utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnreadableError as error:
+        raise ConfigError(f"{path}: {error}; restore it, or take 'checksum' out of it if you changed it") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not valid YAML: no UTF-8 text") from None
     tree, lines = parse_yaml(text, str(path))

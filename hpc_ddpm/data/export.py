@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from hpc_ddpm.data.covariates import write_participants
 from hpc_ddpm.data.discover import MASK
@@ -29,9 +30,19 @@ from hpc_ddpm.data.shards import (
     read_index,
 )
 from hpc_ddpm.errors import ConfigError
-from hpc_ddpm.files import is_file_name, write_json, writing_to
+from hpc_ddpm.files import FileName, is_file_name, write_json, writing_to
+from hpc_ddpm.sealed import read_json
 
 NOTE = "export.json"
+
+
+@with_config(ConfigDict(extra="allow"))
+class Note(TypedDict):
+    """What `export.json` says: the way of the export, and of each subject what it was made of."""
+
+    subjects: dict[FileName, str]
+
+
 Progress = Callable[[int, int], None]
 INTENSITIES = ("unit", "original")
 
@@ -111,15 +122,12 @@ def _keys(packed: Packed) -> dict[str, str]:
 def _claim(out: Path, way: dict[str, Any], keys: Mapping[str, str], wanted: set[str]) -> None:
     """Say in `export.json` what the folder holds, or will; refuse if it says otherwise."""
     shown = ", ".join(f"{name}={value}" for name, value in way.items())
-    try:
-        there = json.loads((out / NOTE).read_text(encoding="utf-8"))
-        exported = dict(there.pop("subjects"))
-    except FileNotFoundError:
-        if out.is_dir() and any(out.iterdir()):
-            raise _refusal(out, f"holds other files, asked for an export with {shown}") from None
-        there, exported = way, {}
-    except (ValueError, LookupError, AttributeError, TypeError):
-        there, exported = None, {}
+    there, exported = way, {}
+    if (out / NOTE).exists():
+        there = dict(read_json(out / NOTE, Note, "choose another --out or empty it", ConfigError))
+        exported = there.pop("subjects")
+    elif out.is_dir() and any(out.iterdir()):
+        raise _refusal(out, f"holds other files, asked for an export with {shown}")
     if there != way:
         raise _refusal(out, f"holds another export, asked for one with {shown}")
     if changed := [subject for subject, key in exported.items() if keys.get(subject) != key]:

@@ -217,7 +217,8 @@ def _create_datasets(file: h5py.File, rows: Sequence[Row], config: DataConfig) -
     names = {"id": [row.subject.id for row in rows], "source": [row.source for row in rows]}
     for name, values in names.items():
         encoded = [value.encode() for value in values]
-        file.create_dataset(name, data=encoded, dtype=h5py.string_dtype("utf-8", max(map(len, encoded))))
+        kind = h5py.string_dtype("utf-8", max(map(len, encoded)))
+        file.create_dataset(name, data=encoded, dtype=kind, chunks=(num_rows,), fletcher32=True)
     columns: dict[str, tuple[tuple[int, ...], str]] = {
         "affine": ((4, 4), "f8"),
         "original_affine": ((4, 4), "f8"),
@@ -231,7 +232,8 @@ def _create_datasets(file: h5py.File, rows: Sequence[Row], config: DataConfig) -
     if config.covariates:
         columns["covariates"] = ((len(config.covariates),), "f8")
     for name, (shape, dtype) in columns.items():
-        file.create_dataset(name, data=np.zeros((num_rows, *shape), dtype))
+        whole = (num_rows, *shape)
+        file.create_dataset(name, data=np.zeros(whole, dtype), chunks=whole, fletcher32=True)
 
 
 def _attributes(config: DataConfig, digest: str) -> dict[str, Any]:

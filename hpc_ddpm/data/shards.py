@@ -28,13 +28,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import h5py
 import hdf5plugin  # noqa: F401  (registers the filters)
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError, with_config
+from typing_extensions import NotRequired, TypedDict
 
 from hpc_ddpm.config import READING_SETTINGS, CovariateConfig, DataConfig
 from hpc_ddpm.data.chunks import UNDECODABLE, VOLUMES, OpenShard, crc32
@@ -43,6 +44,7 @@ from hpc_ddpm.data.nifti import Affine
 from hpc_ddpm.data.patients import patient_by_name
 from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import first_unfit, reading_from, write_json
+from hpc_ddpm.sealed import Count, parse, say_old
 
 FORMAT, VERSION = "hpc_ddpm packed dataset", 2
 INDEX = "index.json"
@@ -121,18 +123,19 @@ class PackedSubject:
     """train, val or test."""
 
 
+@with_config(ConfigDict(extra="allow"))
 class ShardEntry(TypedDict):
     """One shard in index.json. Row numbers count from 0; those in none of val, test and left_out are train."""
 
     file: str
-    size_bytes: int
+    size_bytes: Count
     sha256: str
     digest: str
     """Of settings, subjects, and sizes and times of their files."""
     id: list[str]
     """Of every row."""
-    val: list[int]
-    test: list[int]
+    val: list[Count]
+    test: list[Count]
     left_out: dict[str, str]
     """Row number to why it is empty."""
     crc32_image: str
@@ -142,16 +145,26 @@ class ShardEntry(TypedDict):
     """Row number to the first subject of its patient; only where names do not tell the patient, see `patients.py`."""
 
 
-OPTIONAL = ("patients",)
-"""Keys of `ShardEntry` that may be absent."""
-
-
 def with_patients(entry: ShardEntry, patients: Mapping[str, str]) -> ShardEntry:
     """The entry with these patients (subject -> first subject of its patient) instead of its own."""
     rows = {str(row): patients[subject] for row, subject in enumerate(entry["id"]) if subject in patients}
     bare = entry.copy()
     bare.pop("patients", None)
     return {**bare, "patients": rows} if rows else bare
+
+
+class Kind(TypedDict):
+    """Which index.json it is."""
+
+    format: str
+    version: int
+
+
+class Stored(Kind):
+    """The content of index.json."""
+
+    data: dict[str, Any]
+    shards: list[ShardEntry]
 
 
 @dataclass(frozen=True)
@@ -208,9 +221,11 @@ def build_index(data: dict[str, Any], shards: list[ShardEntry]) -> Index:
         shards: in the order of their numbers.
 
     Raises:
-        ValueError: settings that are none, or a subject, file or hash that cannot name a file.
+        ValueError: settings that are none, a subject, file or hash that cannot name a file, or rows that contradict.
     """
     config = _validated(data)
+    for entry in shards:
+        _check_rows(entry)
     ids = list(chain.from_iterable(entry["id"] for entry in shards))
     unfit = first_unfit([*ids, *chain.from_iterable((entry["file"], entry["sha256"]) for entry in shards)])
     if unfit is not None:
@@ -229,6 +244,13 @@ def build_index(data: dict[str, Any], shards: list[ShardEntry]) -> Index:
         order = sorted(set(range(len(ids))).difference(empty), key=ids.__getitem__)
         ids, shard, row, split = [ids[i] for i in order], shard[order], row[order], split[order]
     return Index(data, config, shards, ids, shard, row, split)
+
+
+def _check_rows(entry: ShardEntry) -> None:
+    count = len(entry["id"])
+    numbers = [*entry["val"], *entry["test"], *map(int, entry["left_out"])]
+    if numbers and not 0 <= min(numbers) <= max(numbers) < count:
+        raise ValueError(f"{entry['file']}: rows {min(numbers)} to {max(numbers)} found, {count} there are")
 
 
 def _validated(data: dict[str, Any]) -> DataConfig:
@@ -445,13 +467,17 @@ def read_index(path: Path) -> Index:
             raise DataFormatError(f"{path}: no {INDEX}, so packing has not finished here; run `hpc-ddpm pack` (again)")
         text = file.read_bytes()
     try:
-        content = json.loads(text)
-        found = content.get("format"), content.get("version")
-        if found == (FORMAT, VERSION):
-            return build_index(content["data"], content["shards"])
-    except (ValueError, AttributeError, TypeError, LookupError) as error:
+        kind, is_sealed = parse(text, Kind)
+        found = kind["format"], kind["version"]
+        if found != (FORMAT, VERSION):
+            raise DataFormatError(f"{file}: format {found[0]!r} version {found[1]} found, {_expected()}; pack again")
+        content, _ = parse(text, Stored)
+        index = build_index(content["data"], content["shards"])
+    except ValueError as error:
         raise DataFormatError(f"{file}: not a readable index ({error}); pack again") from None
-    raise DataFormatError(f"{file}: format {found[0]!r} version {found[1]} found, {_expected()}; pack again")
+    if not is_sealed:
+        say_old(path)
+    return index
 
 
 def read_column(path: Path, index: Index, name: str) -> Array:

@@ -11,7 +11,6 @@ Writers start at different subjects, an equal number of bytes apart, and go roun
 
 from __future__ import annotations
 
-import json
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -19,17 +18,26 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from hpc_ddpm.data.plan import Plan, Row, Shard, digest_at
 from hpc_ddpm.data.preprocess import prepare
 from hpc_ddpm.data.shard_writer import describe_shard, is_row_written, is_shard_written, write_row, write_shard
 from hpc_ddpm.data.shards import ShardEntry
 from hpc_ddpm.errors import DataFormatError, refusing
 from hpc_ddpm.files import write_json
+from hpc_ddpm.sealed import read_json
 from hpc_ddpm.workers.claims import Writer
 
 STATE = ".pack"
 """Folder in the dataset that holds whatever is not published, until all is."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
+
+
+class Reason(TypedDict):
+    """Why a row cannot be packed."""
+
+    error: str
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Job:
 
     def entry(self, shard: Shard) -> ShardEntry:
         """Of a finished shard, in the index to come; the number is of the plan."""
-        entry: ShardEntry = json.loads(self.entry_path(shard).read_text(encoding="utf-8"))
+        entry = read_json(self.entry_path(shard), ShardEntry, "delete it, then run the same command again")
         return {**entry, "file": shard.name}
 
     def is_ready(self, shard: Shard, found: Found | None = None) -> bool:
@@ -119,7 +127,7 @@ class Job:
         if self.is_ready(shard, found):
             return {int(row): why for row, why in self.entry(shard)["left_out"].items()}
         bad = [(number, row) for number, row in enumerate(shard.rows) if self.is_bad(row, found)]
-        return {number: json.loads(self.error_path(row).read_text(encoding="utf-8")) for number, row in bad}
+        return {number: read_json(self.error_path(row), Reason, "pack again")["error"] for number, row in bad}
 
 
 @dataclass
@@ -204,7 +212,7 @@ class Share:
             with refusing(row.subject.id):
                 prepared = prepare(row.subject, config)
         except DataFormatError as error:
-            write_json(self.job.error_path(row), str(error), durable=False, scratch=scratch)
+            write_json(self.job.error_path(row), {"error": str(error)}, durable=False, scratch=scratch)
         else:
             write_row(self.job.row_path(row), row, prepared, config, scratch)
             self.num_written += 1

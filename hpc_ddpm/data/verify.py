@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 import h5py
 import numpy as np
@@ -93,7 +93,6 @@ def verify(
     path = Path(path)
     try:
         index = read_index(path)
-        _check_types(index.shards)
     except DataFormatError as error:
         with reading_from(path):
             if not (path / INDEX).is_file():
@@ -111,16 +110,6 @@ def verify(
 
 
 # ------------------------------------------------------------------------------------------------- index
-
-
-def _check_types(shards: list[ShardEntry]) -> None:
-    """Refuse entries that lack a key or have another type than `ShardEntry` says."""
-    hints = {name: get_origin(hint) or hint for name, hint in get_type_hints(ShardEntry).items()}
-    for number, entry in enumerate(shards):
-        found: dict[str, type] = {name: type(value) for name, value in entry.items()}
-        wanted = {name: hint for name, hint in hints.items() if name in found or name not in OPTIONAL}
-        if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-            raise DataFormatError(f"shard {number}: {', '.join(wrong)} missing, unknown or of another type")
 
 
 def _check_index(index: Index) -> Findings:

@@ -6,11 +6,11 @@ Shapes: D H W = Z Y X of RAS+ voxels, 2 mm. Nothing is downloaded.
 from __future__ import annotations
 
 import functools
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from scipy import ndimage
 from hpc_ddpm.data.nifti import write_nifti
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.files import write_json
+from hpc_ddpm.sealed import read_json
 
 Volume = NDArray[np.float32]
 
@@ -79,10 +80,7 @@ def _claim(folder: Path, seed: int) -> None:
     if not note.exists():
         write_json(note, wanted, indent=2)
         return
-    try:
-        found = json.loads(note.read_text(encoding="utf-8"))
-    except ValueError:
-        found = "something else"
+    found = read_json(note, dict[str, Any], "delete the folder or use another", ConfigError)
     if found != wanted:
         raise ConfigError(f"{folder} holds a cohort of {found}, asked for {wanted}; delete it or use another folder")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 from hpc_ddpm.config import Config, config_from_dict
 from hpc_ddpm.data.dataset import to_unit_range
@@ -18,8 +18,15 @@ from hpc_ddpm.demo.report import Case, voxel_correlation, write_report
 from hpc_ddpm.runlog import package_versions, read_metrics
 from hpc_ddpm.sampling.folder import find_folder
 from hpc_ddpm.sampling.read import read_generated
+from hpc_ddpm.sealed import Count, read_json
 
 MAX_CASES = 4
+
+
+class Provenance(TypedDict):
+    """What this report needs of a run's provenance.json."""
+
+    world_size: Count
 
 
 def report_run(
@@ -48,7 +55,7 @@ def report_run(
         ConfigError: matplotlib is missing.
     """
     stored = run_dir / "config.json"
-    config = config_from_dict(json.loads(stored.read_text(encoding="utf-8")), str(stored))
+    config = config_from_dict(read_json(stored, dict[str, Any], "give a folder that `train` wrote"), str(stored))
     packed = open_packed(packed_dir)
     records = list(find_folder(samples).records())
     index = {subject.id: subject.index for subject in packed.subjects()}
@@ -73,7 +80,7 @@ def _facts(run_dir: Path, records: Sequence[dict[str, Any]], packed: Packed, con
     logged = [row for row in read_metrics(run_dir) if "volumes_per_s" in row]
     speed = statistics.median(row["volumes_per_s"] for row in logged[1:] or logged)
     seconds = statistics.median(record["seconds"] for record in records)
-    num_ranks = json.loads((run_dir / "provenance.json").read_text(encoding="utf-8"))["world_size"]
+    num_ranks = read_json(run_dir / "provenance.json", Provenance, "train again")["world_size"]
     splits = {split: len(packed.subjects(split)) for split in ("train", "val")}
     steps, versions = config.training.num_steps, package_versions()
     return {

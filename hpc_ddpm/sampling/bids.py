@@ -59,4 +59,4 @@ def describe_dataset(out: Path, versions: Mapping[str, str], labels: Mapping[int
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [(0, "background"), *labels.items()]
         write_text(out / BIDS / f"{MASK_SUFFIX}.tsv", "index\tname\n" + "".join(f"{i}\t{name}\n" for i, name in rows))
-        write_json(path, description, indent=2, scratch=scratch)
+        write_json(path, description, indent=2, scratch=scratch, is_sealed=False)

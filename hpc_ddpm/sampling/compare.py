@@ -31,7 +31,9 @@ from hpc_ddpm.files import atomic_path, write_json, write_text
 from hpc_ddpm.sampling.compare_figure import write_figure
 from hpc_ddpm.sampling.generate import generate
 from hpc_ddpm.sampling.plan import volume_seed
+from hpc_ddpm.sealed import read_json
 
+ANOTHER = "choose another --out or delete it"
 Volumes = NDArray[np.float32]
 """(N, C, D, H, W)."""
 Masks = Mapping[str, NDArray[np.uint8]]
@@ -127,7 +129,7 @@ def compare(
             _save_array(path.with_suffix(".npy"), volumes[0, 0, volumes.shape[2] // 2])
             row = asdict(cell) | _measure(volumes, masks, made[references.chain][0], made[references.ode][0])
             write_json(path, row | {"seconds_per_volume": seconds}, indent=2)
-        rows.append(json.loads(path.read_text(encoding="utf-8")))
+        rows.append(read_json(path, dict[str, Any], "delete it to measure again"))
     on_cell(len(todo), len(todo), "")
     write_json(out / "table.json", rows, indent=2)
     write_text(out / "table.md", markdown_table(rows))
@@ -151,10 +153,10 @@ def _claim(out: Path, model: torch.nn.Module, masks: Masks) -> None:
     }
     path = out / "comparison.json"
     compared = json.loads(json.dumps(compared))
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else compared
+    found = read_json(path, dict[str, Any], ANOTHER, ConfigError) if path.exists() else compared
     if found != compared:
         differing = ", ".join(key for key in compared if found.get(key) != compared[key])
-        raise ConfigError(f"{out} compares samplers with another {differing}; choose another --out or delete it")
+        raise ConfigError(f"{out} compares samplers with another {differing}; {ANOTHER}")
     write_json(path, compared, indent=2)
 
 
@@ -163,7 +165,7 @@ def _make(model: torch.nn.Module, masks: Masks, out: Path, cell: Cell, *, keep: 
     kept = out / "reference" / f"{cell.id}.npy"
     times = kept.with_suffix(".json")
     if keep and times.exists():
-        return np.load(kept), json.loads(times.read_text(encoding="utf-8"))
+        return np.load(kept), read_json(times, float, "delete it to measure again", is_sealed=False)
     config: Config = model.config  # type: ignore[assignment]
     settings: dict[str, Any] = {"sampler": cell.sampler, "num_steps": cell.num_steps, "spacing": cell.spacing}
     ids, batch = list(masks), config.sampling.batch_size

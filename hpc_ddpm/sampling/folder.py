@@ -10,18 +10,20 @@ failed/ID.json      why a volume could not be made
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from pydantic import ConfigDict, with_config
 
 from hpc_ddpm.config import Config
 from hpc_ddpm.errors import ConfigError, DataFormatError
-from hpc_ddpm.files import write_json
+from hpc_ddpm.files import FileName, write_json
 from hpc_ddpm.sampling.plan import MANIFEST, WAIT_S
+from hpc_ddpm.sampling.shapes import MadeWith, Sidecar
+from hpc_ddpm.sealed import read_json
 from hpc_ddpm.text import show
 from hpc_ddpm.workers.claims import Writer
 
@@ -30,16 +32,16 @@ NAMES = frozenset({"sidecar", "failed", "mask", "bids", "packed", "gallery"})
 """Folders of a set, which no modality can be called."""
 PURPOSE = "sample"
 """Workers of a folder differ in nothing that matters: `sampling.json` sees to it."""
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Failure:
     """Why a volume could not be made."""
 
-    id: str
+    id: FileName
     kind: str
-    """mask, nan, write or rejected."""
+    """mask, nan, write or rejected; unreadable where the record of it is."""
     reason: str
     run: str
     """Start of the command that found it, see `Team`."""
@@ -77,11 +79,13 @@ class SampleFolder:
         return [failure for item_id in sorted(self.failed()) if (failure := self.read_failure(item_id))]
 
     def read_failure(self, item_id: str) -> Failure | None:
-        """The record, unless it is gone or damaged."""
+        """The record, unless it is gone; a damaged one says so."""
         try:
-            found = Failure(**json.loads(self.failure(item_id).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
+            found = read_json(self.failure(item_id), Failure, "run `hpc-ddpm sample retry`")
+        except DataFormatError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            found = Failure(item_id, "unreadable", str(error), "")
         return found if found.id == item_id else None
 
     def write_failure(self, failure: Failure, scratch: Path) -> None:
@@ -94,17 +98,10 @@ class SampleFolder:
         Raises:
             DataFormatError: damaged, or the record of another volume.
         """
-        path = self.sidecar(item_id)
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataFormatError(f"{path}: not a readable sidecar ({error}); delete it to make it again") from None
-        if not isinstance(record, dict):
-            raise DataFormatError(f"{path}: not a sidecar; delete it to make it again")
-        if record.get("id") != item_id:
-            raise DataFormatError(f"{path}: the sidecar of {show(record.get('id'))}; delete it to make it again")
-        if not _SHA256.fullmatch(str(record.get("voxels_sha256"))):
-            raise DataFormatError(f"{path}: voxels_sha256 is no SHA-256; delete it to make it again")
+        path, advice = self.sidecar(item_id), "delete it to make it again"
+        record = cast("dict[str, Any]", read_json(path, Sidecar, f"not a readable sidecar; {advice}"))
+        if record["id"] != item_id:
+            raise DataFormatError(f"{path}: the sidecar of {show(record['id'])}; {advice}")
         return record
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -115,16 +112,10 @@ class SampleFolder:
         """The content of sampling.json.
 
         Raises:
-            DataFormatError: `path` is not a generated set.
+            DataFormatError: `path` is not a generated set, or the file is damaged.
         """
-        path = self.path / SETTINGS
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise DataFormatError(
-                f"{self.path}: no readable {SETTINGS} here; give a folder that `hpc-ddpm sample` wrote"
-            ) from None
-        return content
+        advice = "restore it, or give another folder that `hpc-ddpm sample` wrote"
+        return cast("dict[str, Any]", read_json(self.path / SETTINGS, MadeWith, advice))
 
     def claim(self, config: Config, weights: dict[str, Any], writer: Writer) -> None:
         """Keep volumes of different origin out of one folder.

@@ -14,9 +14,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hpc_ddpm.errors import ConfigError, DataFormatError
-from hpc_ddpm.files import atomic_path, first_unfit, is_file_name
+from pydantic import ConfigDict, with_config
+
+from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.files import FileName, atomic_path, first_unfit
 from hpc_ddpm.sampling.masks import MaskSource
+from hpc_ddpm.sealed import Count, read_lines, seal
 from hpc_ddpm.text import show
 from hpc_ddpm.workers.claims import Writer
 
@@ -26,18 +29,19 @@ UNSAID: dict[str, Any] = {"covariates": {}, "coding": "auto", "root": "", "image
 """What is not written, so that a plan is read by those who do not know it."""
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Item:
     """One volume to be: from which mask, which replica of it, and the seed that makes it this one."""
 
-    id: str
-    mask_id: str
+    id: FileName
+    mask_id: FileName
     mask: str
     """File, or packed dataset in which `mask_id` is the subject."""
     layout: str
     """`packed`, or how the file is coded: see `DataConfig.layout`."""
-    replica: int
-    seed: int
+    replica: Count
+    seed: Count
     covariates: Mapping[str, float | str] = field(default_factory=dict)
     """Those that are known; they are in the id."""
     coding: str = "auto"
@@ -113,17 +117,8 @@ def read_manifest(out: Path) -> list[Item]:
     path = out / MANIFEST
     if not path.is_file():
         return []
-    items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            item = Item(**json.loads(line))
-            is_fit = is_file_name(item.id) and is_file_name(item.mask_id)
-        except (ValueError, TypeError) as error:
-            raise DataFormatError(f"{path}:{number}: not a planned volume ({error}); restore the file") from None
-        if not is_fit:
-            raise DataFormatError(f"{path}:{number}: id {show(item.id)} cannot be the name of a file; restore the file")
-        items.append(item)
-    return items
+    advice = "restore the file, or move it away and run `hpc-ddpm sample` as before: it plans the same"
+    return read_lines(path, Item, advice)
 
 
 def extend_manifest(out: Path, wanted: Iterable[Item], writer: Writer) -> list[Item]:
@@ -169,7 +164,7 @@ def write_manifest(path: Path, items: Iterable[Item], scratch: Path) -> None:
     with atomic_path(path, scratch=scratch) as temporary, temporary.open("w", encoding="utf-8") as file:
         for item in items:
             line = {name: value for name, value in asdict(item).items() if value != UNSAID.get(name)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(seal(json.dumps(line, ensure_ascii=False)) + "\n")
 
 
 def _hash63(text: str) -> int:

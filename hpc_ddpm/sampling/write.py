@@ -132,7 +132,7 @@ def _describe(out: Path, item: Item, role: str, scratch: Path) -> dict[str, str]
         "VolumeId": item.id,
         "Sources": [f"{bids_stem(item, MASK).removeprefix('bids/')}.nii.gz"],
     }
-    write_json(out / name, about, indent=2, scratch=scratch)
+    write_json(out / name, about, indent=2, scratch=scratch, is_sealed=False)
     return {name: file_sha256(out / name)}
 
 

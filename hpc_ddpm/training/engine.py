@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hpc_ddpm.checkpoint import Piece, PieceReader, agree_on_latest, read_manifest
+from hpc_ddpm.checkpoint import MANIFEST, Piece, PieceReader, agree_on_latest, read_manifest
 from hpc_ddpm.config import Config, TrainingConfig
 from hpc_ddpm.device import resolve_precision
 from hpc_ddpm.diffusion.gaussian import Model
@@ -228,6 +228,8 @@ class Engine:
 
     def _read(self, reader: PieceReader, facts: dict[str, Any]) -> None:
         """Take over all but the network's own (possibly half precision) weights, which came with `_fill`."""
+        if missing := [name for name in ("optimizer_step", "ema_updates") if name not in facts]:
+            raise CheckpointError(f"{reader.folder}: its {MANIFEST} has no {missing[0]}; remove this checkpoint")
         self.partition.reset_state(step=facts["optimizer_step"])
         self.ema.num_updates = facts["ema_updates"]
         if self._scaler is not None:

@@ -7,18 +7,21 @@ another message, and nothing has moved: no weight, no moment, no average.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import warnings
 from collections import deque
 from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from hpc_ddpm.checkpoint import agree_on_latest, step_dirs, step_of
 from hpc_ddpm.config import TrainingConfig
 from hpc_ddpm.distributed import Ranks, broadcast_object
 from hpc_ddpm.errors import TrainingError
 from hpc_ddpm.files import write_json
+from hpc_ddpm.sealed import Count, read_json
 
 ROLLBACKS = "rollbacks.json"
 SPIKE_SCORE = 10.0
@@ -26,6 +29,16 @@ SPIKE_WINDOW = 200
 SPIKE_MIN_LOSSES = 30
 TO_STANDARD_DEVIATION = 1.4826
 """Of the median absolute deviation, for normal values."""
+
+
+class Rollbacks(TypedDict):
+    """rollbacks.json."""
+
+    rollbacks: list[dict[str, Count]]
+
+
+RECORD: Any = Rollbacks | list[dict[str, Count]]
+"""Earlier versions wrote the list alone."""
 
 
 class DivergedError(Exception):
@@ -92,7 +105,7 @@ def roll_back(run_dir: Path, diverged: DivergedError, training: TrainingConfig, 
     root = run_dir / "checkpoints"
     if ranks.is_main:
         row = {"diverged_at": diverged.step, "last_good_step": diverged.last_good_step}
-        write_json(run_dir / ROLLBACKS, [*_read(run_dir), row], indent=2)
+        write_json(run_dir / ROLLBACKS, {"rollbacks": [*_read(run_dir), row]}, indent=2)
         for folder in step_dirs(root):
             if step_of(folder) >= diverged.last_good_step:
                 folder.rename(folder.with_name(f"{folder.name}.diverged-{num_before + 1}"))
@@ -109,7 +122,10 @@ def roll_back(run_dir: Path, diverged: DivergedError, training: TrainingConfig, 
 
 def _read(run_dir: Path) -> list[dict[str, int]]:
     path = run_dir / ROLLBACKS
-    rows: list[dict[str, int]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not path.is_file():
+        return []
+    record = read_json(path, RECORD, "restore it: it decides the order of the data")
+    rows: list[dict[str, int]] = record if isinstance(record, list) else record["rollbacks"]
     return rows
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hpc_ddpm.config import Config, TrainingConfig, config_from_dict, flatten_config
 from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.sealed import read_json
 
 CONFIG_FILE = "config.json"
 MAY_CHANGE = {
@@ -53,10 +55,7 @@ def stored_config(run_dir: Path) -> Config | None:
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         return None
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not readable ({error}); put it back, or choose another --out") from None
+    tree = read_json(path, dict[str, Any], "put it back, or choose another --out", ConfigError)
     return config_from_dict(tree, str(path))
 
 

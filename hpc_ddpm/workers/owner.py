@@ -12,8 +12,10 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from hpc_ddpm.sealed import UnreadableError, parse, seal
 
 HEARTBEAT_S = 10.0
 LEASE_S = 60.0
@@ -55,7 +57,7 @@ class Owner:
 
     def write(self, folder: Path) -> None:
         """Its record; not atomically."""
-        (folder / RECORD).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        (folder / RECORD).write_text(seal(json.dumps(asdict(self))), encoding="utf-8")
 
 
 NOT_KNOWN = Owner("a host that is not known", "?", 0, "", "", "")
@@ -79,12 +81,9 @@ def read_owner(folder: Path) -> tuple[Owner, int]:
     with (folder / RECORD).open("rb") as file:
         text, stamp = file.read(), os.fstat(file.fileno()).st_mtime_ns
     try:
-        record = json.loads(text)
-        facts = {field.name: record[field.name] for field in fields(Owner)}
-    except (ValueError, TypeError, KeyError, RecursionError):
+        return parse(text, Owner)[0], stamp
+    except UnreadableError:
         return NOT_KNOWN, stamp
-    is_sound = all(isinstance(fact, int if name == "pid" else str) for name, fact in facts.items())
-    return (Owner(**facts) if is_sound else NOT_KNOWN), stamp
 
 
 @dataclass

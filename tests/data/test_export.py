@@ -100,7 +100,7 @@ def test_finished_files_stay_and_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds other files"):
         export(tmp_path / "packed", tmp_path / "source")
     (tmp_path / "out" / "export.json").write_text("{")
-    with pytest.raises(ConfigError, match="holds another export"):
+    with pytest.raises(ConfigError, match=r"export\.json: not readable as JSON .*; choose another --out or empty it"):
         export(tmp_path / "packed", tmp_path / "out")
     with pytest.raises(ConfigError, match="'raw' found, expected one of unit, original"):
         export(tmp_path / "packed", tmp_path / "new", intensities="raw")

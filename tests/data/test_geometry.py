@@ -21,6 +21,7 @@ from hpc_ddpm.data.nifti import read_nifti, voxel_size_mm, write_nifti
 from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.preprocess import prepare, prepare_mask
 from hpc_ddpm.data.shards import open_packed
+from hpc_ddpm.files import write_json
 
 SHAPE = (26, 22, 18)
 OBLIQUE = np.eye(4)
@@ -205,7 +206,7 @@ def test_datasets_packed_before_these_settings_are_read(
     index = json.loads((tmp_path / "packed" / "index.json").read_text())
     for name in ("hooks", "voxel_size_mm", "crop_center", "zscore_clip"):
         del index["data"][name]
-    (tmp_path / "packed" / "index.json").write_text(json.dumps(index))
+    write_json(tmp_path / "packed" / "index.json", index)
     old = open_packed(tmp_path / "packed")
     assert old.geometry(0) == new.geometry(0)
     np.testing.assert_array_equal(old.read_mask(0), restore_and_fit(new))

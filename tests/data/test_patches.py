@@ -16,6 +16,7 @@ from hpc_ddpm.data.sampler import StepBatches, dataset_index
 from hpc_ddpm.data.shards import config_digest, open_packed
 from hpc_ddpm.data.verify import verify
 from hpc_ddpm.errors import ConfigError, DataFormatError
+from hpc_ddpm.files import write_json
 
 WHOLE, PART = (12, 10, 8), (4, 6, 8)
 """(D, H, W)."""
@@ -71,7 +72,7 @@ def test_datasets_from_before_chunks_are_as_they_were(heads: Path, tmp_path: Pat
     index = json.loads((tmp_path / "old" / "index.json").read_text())
     for name in ("chunk_size", "patch_size", "cache", "stage_dir"):
         del index["data"][name]
-    (tmp_path / "old" / "index.json").write_text(json.dumps(index))
+    write_json(tmp_path / "old" / "index.json", index)
     assert pack(heads, tmp_path / "old", tiny()).num_written == 0
     with pytest.raises(DataFormatError, match=r"other settings \(data\.chunk_size\)"):
         pack(heads, tmp_path / "old", tiny(chunk_size=(4, 4, 4)))

@@ -24,6 +24,7 @@ from hpc_ddpm.data.pack import pack
 from hpc_ddpm.data.shards import Packed, open_packed, read_column, read_index
 from hpc_ddpm.data.summary import list_subjects, summarise
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import write_json
 
 
 @pytest.fixture
@@ -209,7 +210,7 @@ def volume_bytes(shard: Path) -> list[tuple[int, int, str]]:
 def test_voxels_that_differ_from_the_index_are_found(packed_path: Path, key: str, what: str) -> None:
     index = json.loads((packed_path / "index.json").read_text())
     index["shards"][1][key] = index["shards"][1][key][:8] * 2
-    (packed_path / "index.json").write_text(json.dumps(index))
+    write_json(packed_path / "index.json", index)
     packed = open_packed(packed_path)
     packed.read(2)
     with pytest.raises(DataFormatError, match=rf"shard-00001\.h5: damaged at subject head_0003: the {what} differs"):
@@ -223,10 +224,12 @@ def test_unreadable_datasets(packed_path: Path) -> None:
     with pytest.raises(DataFormatError, match=r"no index\.json, so packing has not finished here"):
         open_packed(packed_path / "empty")
     index = packed_path / "index.json"
-    good = index.read_text()
+    sealed = index.read_text()
+    good = json.dumps({name: part for name, part in json.loads(sealed).items() if name != "checksum"})
     for text, message in {
         "{": "not a readable index",
         "[]": "not a readable index",
+        sealed.replace('"version": 2', '"version": 9'): "not a readable index .its content does not fit its checksum",
         good.replace('"version": 2', '"version": 9'): "version 9 found, .* version 2 expected; pack again",
         good.replace('"val":', '"vol":'): "not a readable index",
         good.replace('"format": "hpc_ddpm packed dataset"', '"format": "zarr"'): "format 'zarr'",
@@ -234,7 +237,7 @@ def test_unreadable_datasets(packed_path: Path) -> None:
         index.write_text(text)
         with pytest.raises(DataFormatError, match=message):
             open_packed(packed_path)
-    index.write_text(good)
+    index.write_text(sealed)
     shard = packed_path / "shard-00001.h5"
     data = shard.read_bytes()
     shard.write_bytes(data[:-10])
@@ -273,20 +276,28 @@ def test_label_order_survives(heads: Path, tmp_path: Path, tiny: Callable[..., D
 
 @pytest.mark.parametrize(
     ("key", "name"),
-    [("id", "../../evil"), ("id", ""), ("id", ".x"), ("id", "a\\b"), ("id", "\udcfc"), ("file", "../x.h5")],
+    [("id", "../../evil"), ("id", ""), ("id", ".x"), ("id", "a\\b"), ("file", "../x.h5")],
 )
 def test_names_of_an_index_stay_in_its_folder(packed_path: Path, key: str, name: str) -> None:
     content = json.loads((packed_path / "index.json").read_text())
     content["shards"][0][key] = [name, "b"] if key == "id" else name
-    (packed_path / "index.json").write_text(json.dumps(content))
+    write_json(packed_path / "index.json", content)
     with pytest.raises(DataFormatError, match=r"index\.json: .*found, a name without slashes or leading dot expected"):
+        open_packed(packed_path)
+
+
+def test_names_that_are_no_text(packed_path: Path) -> None:
+    content = json.loads((packed_path / "index.json").read_text())
+    content["shards"][0]["id"] = ["\udcfc", "b"]
+    (packed_path / "index.json").write_text(json.dumps(content))
+    with pytest.raises(DataFormatError, match=r"index\.json: not a readable index \("):
         open_packed(packed_path)
 
 
 def test_settings_of_a_newer_version_are_named(packed_path: Path, heads: Path, tiny: Callable[..., DataConfig]) -> None:
     content = json.loads((packed_path / "index.json").read_text())
     content["data"]["warp"] = "spline"
-    (packed_path / "index.json").write_text(json.dumps(content))
+    write_json(packed_path / "index.json", content)
     message = r"index\.json: not a readable index \(data\.warp: .*: packed by a newer version\?"
     for look in (summarise, list_subjects, open_packed, lambda path: pack(heads, path, tiny())):
         with pytest.raises(DataFormatError, match=message) as caught:
@@ -321,7 +332,7 @@ def test_damaged_columns_are_named(packed_path: Path) -> None:
 def edited_size(packed_path: Path) -> Path:
     content = json.loads((packed_path / "index.json").read_text())
     content["shards"][1]["size_bytes"] = (packed_path / "shard-00001.h5").stat().st_size
-    (packed_path / "index.json").write_text(json.dumps(content))
+    write_json(packed_path / "index.json", content)
     return packed_path
 
 

@@ -20,6 +20,7 @@ from hpc_ddpm.data.phantom import write_phantoms
 from hpc_ddpm.data.shards import INDEX, open_packed
 from hpc_ddpm.data.verify import verify
 from hpc_ddpm.errors import DataFormatError
+from hpc_ddpm.files import write_json
 
 SIZE = (8, 10, 12)
 SECOND = ("head_0002", "head_0003")
@@ -57,7 +58,7 @@ def hit(findings: list[Finding]) -> set[str]:
 def edit_index(packed: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = json.loads((packed / INDEX).read_text())
     change(content)
-    (packed / INDEX).write_text(json.dumps(content))
+    write_json(packed / INDEX, content)
 
 
 def edit_shard(shard: Path, change: Callable[[h5py.File], Any]) -> None:

@@ -103,7 +103,7 @@ def test_another_seed_is_refused(folder):
 
 def test_a_torn_note_is_refused(tmp_path):
     (tmp_path / "cohort.json").write_text("{")
-    with pytest.raises(ConfigError, match="holds a cohort of something else"):
+    with pytest.raises(ConfigError, match=r"cohort\.json: not readable as JSON .*; delete the folder or use another"):
         cohort.write_cohort(tmp_path, 1)
 
 

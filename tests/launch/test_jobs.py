@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.files import write_json
 from launch.after_job import progress_mark
 from launch.cli import app
 from launch.executor import again, refuse_if_busy
@@ -76,7 +77,7 @@ def test_a_foreign_or_torn_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done = CliRunner().invoke(app, ["jobs", "ls", str(tmp_path), "--json"])
     assert [row["run"] for row in json.loads(done.stdout)] == [str(tmp_path / "good")]
     for call in (lambda: read_submissions(tmp_path / "bad"), lambda: refuse_if_busy(tmp_path / "bad")):
-        with pytest.raises(ClusterError, match=r"8.json: no record of a job, or a torn one"):
+        with pytest.raises(ClusterError, match=r"8\.json: .*; no record of a job, or a damaged one: remove it"):
             call()
 
 
@@ -143,7 +144,7 @@ def test_ranks_of_another_machine_are_left_to_it(tmp_path: Path) -> None:
 def test_where_the_time_went(tmp_path: Path) -> None:
     """Queued 10 s, ran 20 s, queued 5 s, runs for 15 s."""
     for kind, time in (("start", 110), ("end", 130), ("requeue", 131), ("start", 135)):
-        add_event(tmp_path, "7", {"event": kind, "time": time, "restarts": 0})
+        add_event(tmp_path, "7", {"event": kind, "time": time, "restarts": 0, "code": 0})
     rows = [{"step": 1}, {"step": 2, "step_time_s": 10.0, "data_wait_share": 0.25, "checkpoint_stall_s": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (tmp_path / "lost.jsonl").write_text(json.dumps({"step": 2, "step_time_s": 3.0, "data_wait_share": 0}) + "\n")
@@ -176,7 +177,7 @@ def test_time_that_nobody_measured_is_not_invented(
     tmp_path: Path, events: list[tuple[str, float, dict[str, float]]], expected: dict[str, float]
 ) -> None:
     for kind, time, more in events:
-        add_event(tmp_path, "7", {"event": kind, "time": time, "restarts": 0} | more)
+        add_event(tmp_path, "7", {"event": kind, "time": time, "restarts": 0, "code": 0} | more)
     found = time_ledger([submission(tmp_path)], [], now=1e9)
     steps = dict.fromkeys(("computing", "waiting_for_data", "saving", "lost_steps"), 0.0)
     assert found == steps | expected
@@ -219,7 +220,7 @@ def test_a_job_that_loads_is_starting(tmp_path: Path, says: Callable[..., None])
     steps, config = tmp_path / "metrics.jsonl", tmp_path / "config.json"
     says("echo '7|RUNNING|0:01|n1|n1'")
     assert "starting" in listed()
-    config.write_text(json.dumps(settings))
+    write_json(config, settings)
     add_event(tmp_path, "7", {"event": "start", "time": 110.0, "restarts": 0})
     assert "starting " in listed() and "0/100" not in listed()
     steps.write_text(json.dumps({"step": 40, "time": 120.0, "loss": 1.0}) + "\n")

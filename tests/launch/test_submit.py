@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 from hpc_ddpm.config import load_config
 from hpc_ddpm.distributed import LAUNCHED
 from hpc_ddpm.errors import ClusterError
+from hpc_ddpm.files import write_json
 from hpc_ddpm.runlog import git_commit
 from launch.executor import Request, _submit_slurm, batch_script, submit
 from launch.jobs import StageJob
@@ -180,7 +180,7 @@ def old_run(tmp_path: Path) -> Path:
     """A run whose data is gone, with a batch that 3 ranks can divide."""
     config = load_config(None, [*TINY, "training.global_batch=6", f"data.path={tmp_path / 'packed'}"]).config
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.json").write_text(json.dumps(config.dump()))
+    write_json(tmp_path / "old" / "config.json", config.dump())
     return tmp_path / "old"
 
 

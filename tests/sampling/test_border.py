@@ -11,10 +11,12 @@ import torch
 
 from hpc_ddpm.config import load_config
 from hpc_ddpm.errors import ConfigError, DataFormatError
+from hpc_ddpm.files import write_json
 from hpc_ddpm.sampling.folder import Failure, SampleFolder
 from hpc_ddpm.sampling.gallery import write_gallery
 from hpc_ddpm.sampling.masks import MaskSource
 from hpc_ddpm.sampling.plan import MANIFEST, build_plan, extend_manifest, read_manifest
+from hpc_ddpm.sealed import seal
 from hpc_ddpm.workers.claims import Writer
 from launch.stages import training_settings
 from tests.conftest import TINY
@@ -40,7 +42,7 @@ def one(generate_set: Generate, heads: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("bad", [*OUTSIDE, 5, None])
 def test_an_id_of_the_manifest_is_the_name_of_a_file(tmp_path: Path, name: str, bad: object) -> None:
     line = {"id": "a_r000", "mask_id": "a", "mask": "a.nii.gz", "layout": "tree", "replica": 0, "seed": 1}
-    (tmp_path / MANIFEST).write_text(f"{json.dumps(line)}\n{json.dumps(line | {name: bad})}\n")
+    (tmp_path / MANIFEST).write_text(f"{seal(json.dumps(line))}\n{seal(json.dumps(line | {name: bad}))}\n")
     with pytest.raises(DataFormatError, match=r"manifest\.jsonl:2: .*restore the file") as caught:
         read_manifest(tmp_path)
     assert "\n" not in str(caught.value)
@@ -48,10 +50,11 @@ def test_an_id_of_the_manifest_is_the_name_of_a_file(tmp_path: Path, name: str, 
 
 def test_no_volume_is_written_outside_of_the_set(run: Run, weights: Path, one: Path, tmp_path: Path) -> None:
     line = json.loads((one / MANIFEST).read_text())
-    (one / MANIFEST).write_text(json.dumps(line | {"id": "../../OUTSIDE/vol"}) + "\n")
+    del line["checksum"]
+    (one / MANIFEST).write_text(seal(json.dumps(line | {"id": "../../OUTSIDE/vol"})) + "\n")
     before = everything(tmp_path)
     for words in (("run", weights, "--out", one), ("status", one), ("verify", one), ("retry", one)):
-        with pytest.raises(DataFormatError, match="cannot be the name of a file"):
+        with pytest.raises(DataFormatError, match="a name without slashes or leading dot expected"):
             run(*words)
     assert everything(tmp_path) == before
 
@@ -61,7 +64,7 @@ def test_no_volume_is_written_outside_of_the_set(run: Run, weights: Path, one: P
 )
 def test_no_picture_is_written_outside_of_the_set(one: Path, tmp_path: Path, lie: dict[str, object]) -> None:
     path = one / "sidecar" / "head_0000_r000.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | lie))
+    write_json(path, json.loads(path.read_text()) | lie)
     before = everything(tmp_path)
     with pytest.raises(DataFormatError, match=r"head_0000_r000\.json: .*delete it to make it again"):
         write_gallery(one)
@@ -72,7 +75,9 @@ def test_a_failure_is_that_of_its_file(tmp_path: Path) -> None:
     folder = SampleFolder(tmp_path)
     for name in ("a", "b"):
         folder.write_failure(Failure(name, "nan", "why", "run"), tmp_path)
-    folder.failure("a").write_text(folder.failure("b").read_text().replace('"b"', '"../b"'))
+    write_json(folder.failure("a"), json.loads(folder.failure("b").read_text()) | {"id": "../b"})
+    assert [(failure.id, failure.kind) for failure in folder.failures()] == [("a", "unreadable"), ("b", "nan")]
+    write_json(folder.failure("a"), json.loads(folder.failure("b").read_text()))
     assert [failure.id for failure in folder.failures()] == ["b"]
 
 
@@ -85,7 +90,7 @@ def test_a_modality_is_the_name_of_a_folder(
     shutil.copytree(weights, source)
     config = json.loads((source / "config.json").read_text())
     config["data"]["modalities"] = [modality]
-    (source / "config.json").write_text(json.dumps(config))
+    write_json(source / "config.json", config)
     with pytest.raises(ConfigError, match=r"data\.modalities: no folder of a set can be called"):
         generate_set(out, source=source)
     assert not (out / MANIFEST).exists()
@@ -111,7 +116,7 @@ def test_only_the_user_names_a_program(
     made_with["config"]["sampling"]["fidelity"]["segmenter"] = made_with["identity"]["fidelity"]["segmenter"] = (
         "evil.ts"
     )
-    (one / "sampling.json").write_text(json.dumps(made_with))
+    write_json(one / "sampling.json", made_with)
     with pytest.raises(ConfigError, match=rf"names a segmenter, .*name it yourself: {SEGMENTER}=evil\.ts"):
         run("retry", one, "--weights", weights)
     source = save_random_weights(tmp_path / "mine", load_config(None, [*TINY, f"{SEGMENTER}=evil.ts"]).config)

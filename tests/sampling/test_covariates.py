@@ -13,6 +13,7 @@ import hpc_ddpm
 from hpc_ddpm.config import CovariateConfig, load_config
 from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.errors import ConfigError, DataFormatError
+from hpc_ddpm.files import write_json
 from hpc_ddpm.sampling.plan import read_manifest
 from hpc_ddpm.sampling.verify import verify_set
 from tests.sampling.conftest import QUICK, Run, save_random_weights, sidecars, voxels
@@ -61,7 +62,7 @@ def test_from_the_table_and_from_the_command_line(run: Run, conditioned: Path, m
 
     sidecar = out / "sidecar" / "head_0001_age-30_sex-M_r001.json"
     record = json.loads(sidecar.read_text())
-    sidecar.write_text(json.dumps({**record, "covariates": {"age": 31.0, "sex": "M"}}))
+    write_json(sidecar, {**record, "covariates": {"age": 31.0, "sex": "M"}})
     assert [(problem.kind, problem.id) for problem in verify_set(out)] == [("mismatch", record["id"])]
 
 

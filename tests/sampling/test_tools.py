@@ -14,6 +14,7 @@ from hpc_ddpm.checkpoint import Piece, publish, unfinished_dir, write_pieces
 from hpc_ddpm.config import load_config
 from hpc_ddpm.data.shards import open_packed
 from hpc_ddpm.errors import CheckpointError, ClusterError, DataFormatError
+from hpc_ddpm.files import write_json
 from hpc_ddpm.sampling import anonymize
 from hpc_ddpm.sampling.anonymize import find_neighbours
 from hpc_ddpm.sampling.folder import Failure, SampleFolder
@@ -39,7 +40,7 @@ def test_verify_finds_whatever_was_done_to_a_set(generate_set: Generate, tmp_pat
     damaged.write_bytes(damaged.read_bytes()[:-1])
     (tmp_path / "sidecar" / "head_0002_r000.json").write_text("{")
     record = json.loads((tmp_path / "sidecar" / "head_0003_r000.json").read_text())
-    (tmp_path / "sidecar" / "head_0003_r000.json").write_text(json.dumps(record | {"seed": 1}))
+    write_json(tmp_path / "sidecar" / "head_0003_r000.json", record | {"seed": 1})
     (tmp_path / "sidecar" / "head_0004_r000.json").unlink()
     (tmp_path / "sidecar" / "stranger_r000.json").write_text("{}")
     (tmp_path / "t1" / "stranger.nii.gz").write_text("")
@@ -59,7 +60,7 @@ def test_verify_decodes_packed_rows(generate_set: Generate, tmp_path: Path) -> N
     record = sidecars(tmp_path)["head_0003_r000"]
     assert "files" not in record
     record["packed"]["crc32_mask"] = "00000000"
-    (tmp_path / "sidecar" / "head_0003_r000.json").write_text(json.dumps(record))
+    write_json(tmp_path / "sidecar" / "head_0003_r000.json", record)
     assert found(tmp_path) == [("checksum", "head_0003_r000")]
 
 
@@ -75,9 +76,9 @@ def test_the_command_line(run: Run, weights: Path, heads: Path, tmp_path: Path) 
         assert json.loads(run("reproduce", out / name, "--json", "-q"))["max_difference"] == 0
     path = out / "sidecar" / "head_0003_r001.json"
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"seed": record["seed"] + 1}))
+    write_json(path, record | {"seed": record["seed"] + 1})
     assert "other bits" in run("reproduce", path, "-q", code=2)
-    path.write_text(json.dumps(record | {"mask_sha256": "0"}))
+    write_json(path, record | {"mask_sha256": "0"})
     with pytest.raises(DataFormatError, match="has changed since"):
         run("reproduce", path, "-q")
 
@@ -99,7 +100,7 @@ def test_a_set_of_another_average_is_retried_and_reproduced(
         ],
     )
     publish(step, {}, {pieces.name: facts})
-    (source / "config.json").write_text(json.dumps(found.config.dump()))
+    write_json(source / "config.json", found.config.dump())
     run(source, "--out", out, "--masks", heads / "head_0000.nii.gz", "-q", "sampling.weights=master")
     file = out / "t1" / "head_0000_r000.nii.gz"
     assert "the same bits" in run("reproduce", file, "-q")

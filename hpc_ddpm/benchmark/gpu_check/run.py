@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_ddpm.benchmark.record import describe, environment, new_report, table, write_report
-from hpc_ddpm.errors import ConfigError
+from hpc_ddpm.errors import ConfigError, DataFormatError
 from hpc_ddpm.files import write_json, write_text
+from hpc_ddpm.sealed import read_json
 
 LEAST_S = 8.0
 """With less time than this left, a part is not begun."""
@@ -105,8 +105,8 @@ def run_limited(
         log.seek(0)
         tail = log.read()[-2000:]
     result: Result = {"status": "unfinished", "rows": []}
-    with suppress(OSError, ValueError):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(DataFormatError):
+        result = read_json(path, Result, "measure again")
     result["seconds"] = round(time.monotonic() - began, 1)
     if code is None:
         result |= {"status": "timeout", "error": f"ended after {limit_s:.0f} s", "log": tail}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from hpc_ddpm.distributed import detect_ranks, process_group  # noqa: E402
 from hpc_ddpm.errors import HpcDdpmError  # noqa: E402
 from hpc_ddpm.files import write_json  # noqa: E402
 from hpc_ddpm.model.planner import DTYPES  # noqa: E402
+from hpc_ddpm.sealed import read_json  # noqa: E402
 
 
 def run_point(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def run_point(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """As one rank."""
-    plan, path = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
+    plan, path = read_json(Path(sys.argv[1]), dict[str, Any], "measure again"), Path(sys.argv[2])
     try:
         result = run_point(plan, path.with_suffix(""))
     except HpcDdpmError as error:

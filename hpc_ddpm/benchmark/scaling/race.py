@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -26,6 +25,7 @@ from hpc_ddpm.data.stage import stage
 from hpc_ddpm.diffusion.schedules import Schedule, build_schedule
 from hpc_ddpm.distributed import Ranks, StopFlag, all_gather, all_or_none
 from hpc_ddpm.model.planner import GIB
+from hpc_ddpm.sealed import read_json
 from hpc_ddpm.training.engine import Engine
 from hpc_ddpm.training.feed import Feed
 from hpc_ddpm.training.loop import advance
@@ -169,7 +169,7 @@ def _shares(runner: Runner) -> dict[str, float]:
             runner.step += 1
         if not runner.ranks.is_main:
             return {}
-        where = json.loads((Path(folder) / WHERE_FILE).read_text(encoding="utf-8"))
+        where = read_json(Path(folder) / WHERE_FILE, dict[str, Any], "measure again")
     return {part: seconds / where["wall_s"] for part, seconds in where["parts_s"].items()}
 
 
