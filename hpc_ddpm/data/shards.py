@@ -28,14 +28,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import h5py
 import hdf5plugin  # noqa: F401  (registers the filters)
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, ValidationError, with_config
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from hpc_ddpm.config import READING_SETTINGS, CovariateConfig, DataConfig
 from hpc_ddpm.data.chunks import UNDECODABLE, VOLUMES, OpenShard, crc32

@@ -24,7 +24,6 @@ from hpc_ddpm.data.patients import torn_patients
 from hpc_ddpm.data.shards import (
     INDEX,
     INT16_SCALE,
-    OPTIONAL,
     SPLITS,
     Index,
     ShardEntry,
