@@ -112,6 +112,21 @@ def plant_bad_affine(root: Path) -> None:
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), path(root, "t1"))
 
 
+def plant_two_places(root: Path) -> None:
+    """A qform that lies 30 mm beside the sform."""
+    image = nib.load(path(root, "t1"))
+    beside = image.affine.copy()
+    beside[0, 3] += 30
+    image.set_qform(beside, code=1)
+    nib.save(image, path(root, "t1"))
+
+
+def plant_text(root: Path) -> None:
+    image = nib.load(path(root, "t1"))
+    image.header["descrip"] = b"Doe^Jane 1953-04-01"
+    nib.save(image, path(root, "t1"))
+
+
 def plant_no_affine(root: Path) -> None:
     for role in ("mask", "t1", "t2"):
         image = nib.load(path(root, role))
@@ -242,6 +257,9 @@ FAULTS: list[tuple[str, str, Callable[[Path], Any], dict[str, Any]]] = [
     ("half a nii", "truncated", plant_short_nii, {}),
     ("garbage", "unreadable", plant_garbage, {}),
     ("a slice missing", "dicom-series", plant_gap, {}),
+    ("gzipped, and called .nii", "misnamed", lambda r: path(r, "t1").rename(r / "t1" / f"{BAD}.nii"), {}),
+    ("a name in the header", "identifying-text", plant_text, {}),
+    ("sform and qform apart", "sform-qform", plant_two_places, {}),
     ("a singular affine", "bad-affine", plant_bad_affine, {}),
     ("four dimensions", "series", lambda r: edit(path(r, "t1"), lambda d: np.stack([d, d], 3)), {}),
     ("slope and intercept", "scaled-integers", plant_scaled, {}),
