@@ -59,19 +59,18 @@ def above_background(volume: NDArray[np.float32]) -> Inside | None:
     """
     border = np.concatenate([np.take(volume, [0, -1], axis).ravel() for axis in range(3)])
     level = np.float32(np.median(border))
-    away = volume - level
     step = 1 if volume.size < 2**18 else 3
-    some = np.abs(away[::step, ::step, ::step])
-    spread = float(np.percentile(some, 99)) or float(np.abs(away).max())
+    some = np.abs(volume[::step, ::step, ::step] - level)
+    spread = float(np.percentile(some, 99)) or float(np.abs(volume - level).max())
     noise = np.abs(border - level)
     noise = noise[noise <= EVEN * spread]
     if noise.size < MIN_BACKGROUND * border.size:
         return None
     tolerance = max(FAINT * spread, 2 * float(np.percentile(noise, 99)))
-    above, below = away > tolerance, away < -tolerance
-    is_one_sided = int(below.sum()) <= MAX_BELOW * int(above.sum())
-    clear, every = (above, away > 0) if is_one_sided else (above | below, away != 0)
-    is_even = int(every.sum()) <= (1 + MAX_FAINT) * int(clear.sum())
+    above, below = volume > level + np.float32(tolerance), volume < level - np.float32(tolerance)
+    is_one_sided = np.count_nonzero(below) <= MAX_BELOW * np.count_nonzero(above)
+    clear, every = (above, volume > level) if is_one_sided else (above | below, volume != level)
+    is_even = np.count_nonzero(every) <= (1 + MAX_FAINT) * np.count_nonzero(clear)
     if not clear.any():
         return None
     if is_one_sided:
@@ -135,7 +134,7 @@ def _most(shown: Sequence[Inside]) -> Inside:
 
 
 def _dice(one: Inside, other: Inside) -> float:
-    return 2 * float((one & other).sum()) / max(int(one.sum()) + int(other.sum()), 1)
+    return 2 * np.count_nonzero(one & other) / max(np.count_nonzero(one) + np.count_nonzero(other), 1)
 
 
 def _solid(inside: Inside) -> Inside:
