@@ -134,7 +134,8 @@ def _most(shown: Sequence[Inside]) -> Inside:
 
 
 def _dice(one: Inside, other: Inside) -> float:
-    return 2 * np.count_nonzero(one & other) / max(np.count_nonzero(one) + np.count_nonzero(other), 1)
+    total = int(np.count_nonzero(one)) + int(np.count_nonzero(other))
+    return 2 * int(np.count_nonzero(one & other)) / max(total, 1)
 
 
 def _solid(inside: Inside) -> Inside:

@@ -113,7 +113,7 @@ def add_foreground(mask: NDArray[np.uint8], inside: NDArray[np.bool_], labels: L
     if labels.foreground_label is None:
         return
     if labels.remap and speaks_brats(labels):
-        shares = count_labels(mask[inside], labels) / max(np.count_nonzero(inside), 1)
+        shares = count_labels(mask[inside], labels) / max(int(np.count_nonzero(inside)), 1)
         label = list(labels.names)[int(shares.argmax())]
         if shares.max() > MAX_TUMOUR and label != labels.foreground_label:
             coding = "raw BraTS" if labels.coding == "auto" else labels.coding
