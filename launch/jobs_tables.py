@@ -92,7 +92,7 @@ def print_job(facts: Mapping[str, Any]) -> None:
     for task, state in facts["tasks"].items():
         for event in state["events"]:
             if event["event"] != "start":
-                why = event.get("why", f"exit code {event['code']}")
+                why = event.get("why") or f"exit code {event['code']}"
                 console.print(f"{task}  {escape(why)}")
 
 

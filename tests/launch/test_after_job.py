@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from launch.after_job import End, decide
+from launch.cli import app
 from launch.executor import Request, _setup, _teardown
 from launch.jobs import SIGNALS, StageJob
 from launch.profiles import load_profile
@@ -98,7 +100,9 @@ def end_of_job(
 def state(run: Path) -> str:
     """As a login node sees it once SLURM has forgotten the job, or a machine without SLURM."""
     profile = load_profile("devcluster").model_dump(mode="json")
-    (job,) = look([Submission("7", "train", ["train"], str(run), str(run), profile, 0, 1, 2, 100.0, "host", None)])
+    submission = Submission("7", "train", ["train"], str(run), str(run), profile, 0, 1, 2, 100.0, "host", None)
+    submission.write()
+    (job,) = look([submission])
     return job.in_words
 
 
@@ -135,6 +139,8 @@ def test_a_requeue_that_slurm_refuses_is_not_recorded_as_one(run: Path, scontrol
         assert "not requeued: SLURM said: " in text and part in text
         assert f"`hpc-ddpm jobs retry {run}` on a login node starts it again" in text
     assert state(run) == "FAILED"
+    shown = CliRunner().invoke(app, ["jobs", "show", str(run)]).output
+    assert "not requeued: SLURM said: " in shown and "comes back" in shown
 
 
 def test_what_does_not_come_back_does_not_ask(run: Path) -> None:
