@@ -42,7 +42,7 @@ def read_array(path: Path) -> tuple[NDArray[Any], Affine]:
         return np.asanyarray(ArrayProxy(unpack(voxels, promised), header)), affine_of(header)
     check_size(voxels, promised)
     with voxels.open("rb") as file:
-        return np.asanyarray(ArrayProxy(file, header, mmap=False)), affine_of(header)
+        return np.asanyarray(ArrayProxy(file, header)), affine_of(header)
 
 
 def read_facts(path: Path) -> Header:

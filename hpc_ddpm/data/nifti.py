@@ -127,7 +127,8 @@ def axis_codes(affine: Affine) -> str:
 
 def voxel_size_mm(affine: Affine) -> tuple[float, float, float]:
     """(x, y, z), rounded to 1e-4 mm: what headers hold is not exact."""
-    x, y, z = np.round(np.linalg.norm(affine[:3, :3], axis=0), 4).tolist()
+    with np.errstate(over="ignore", invalid="ignore"):  # of a damaged shard
+        x, y, z = np.round(np.linalg.norm(affine[:3, :3], axis=0), 4).tolist()
     return x, y, z
 
 

@@ -19,7 +19,7 @@ IN_CI = 2000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reader", [name for name in READERS if name != "index"])
+@pytest.mark.parametrize("reader", READERS)
 def test_no_traceback_no_hang_no_more_memory_than_the_file_can_claim(reader: str) -> None:
     count = int(os.environ.get("HPC_DDPM_MUTATIONS", IN_CI))
     command = [sys.executable, str(SCRIPT), reader, str(count)]
