@@ -240,7 +240,7 @@ def run(name: str, count: int, first: int = 0) -> Counter[str]:
     said: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         sound, num_header, read = READERS[name](Path(folder))
-        read(sound)
+        read(sound)  # or nothing was looked at but the first bytes
         _bound_memory()
         for number in range(first, first + count):
             signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor: it ends the process
