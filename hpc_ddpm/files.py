@@ -173,6 +173,8 @@ def writing_to(folder: Path, setting: str = "--out") -> Iterator[None]:
         is_ours = place.is_relative_to(folder.absolute()) or folder.absolute().is_relative_to(place)
         if error.errno not in CANNOT_WRITE or not is_ours:
             raise
+        if error.errno == errno.ENAMETOOLONG:
+            raise ClusterError(f"{place}: {error.strerror}; choose a shorter {setting}") from None
         is_vague = error.errno in FAULTS and not error.filename
         what = "storage fails, here or at the source" if is_vague else "cannot write here"
         raise ClusterError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from hpc_ddpm.distributed import end_mpi_ranks
 from hpc_ddpm.errors import HpcDdpmError
+from hpc_ddpm.text import one_line
 from launch.bench_commands import bench_app
+from launch.border import as_users_error, check_words, end
 from launch.checkpoint_commands import checkpoint_app
 from launch.data_commands import data_app
 from launch.doctor_command import doctor, drill
@@ -192,18 +192,20 @@ def config_show(config: ConfigOption = None, overrides: Overrides = None) -> Non
 
 def main() -> None:
     """Entry point: 0 done, 2 the user's mistake in one line, 75 a lost rank, 130 Ctrl-C; a bug has a traceback (1)."""
-    warnings.showwarning = lambda message, *_: print(f"hpc-ddpm: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"hpc-ddpm: warning: {one_line(str(message))}", file=sys.stderr)
     try:
-        app()
-    except HpcDdpmError as error:
-        rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID") or "0"
-        if rank == "0" or not error.is_on_all_ranks:
-            print(f"hpc-ddpm: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
-        end_mpi_ranks(error.exit_code)
-        sys.exit(error.exit_code)
+        check_words(sys.argv[1:])
+        code = app(prog_name="hpc-ddpm", standalone_mode=False)
     except KeyboardInterrupt:
         print("hpc-ddpm: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        known = error if isinstance(error, HpcDdpmError) else as_users_error(error)
+        if known is None:
+            raise
+        end(known)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

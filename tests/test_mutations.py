@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from hpc_ddpm.config import config_from_dict, load_config, presets_dir
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.text import LONGEST, has_control
@@ -176,12 +178,14 @@ def take_override(text: str) -> None:
     assert config_from_dict(config.dump(), "stored") == config
 
 
+@pytest.mark.timeout(600 + TRIES)
 def test_overrides() -> None:
     texts = mutants(OVERRIDES, 3 * TRIES)
     assert refusals(take_override, OVERRIDES) == 2  # age without its std, and a part of null
     assert 0 < refusals(take_override, texts) < len(texts)
 
 
+@pytest.mark.timeout(600 + TRIES)
 def test_settings_files(tmp_path: Path) -> None:
     originals = [path.read_text(encoding="utf-8") for path in sorted(presets_dir().glob("*.yaml"))]
     file = tmp_path / "mine.yaml"
@@ -196,6 +200,7 @@ def test_settings_files(tmp_path: Path) -> None:
     assert 0 < refusals(take, texts) < len(texts)
 
 
+@pytest.mark.timeout(600 + TRIES)
 def test_profiles(tmp_path: Path) -> None:
     """What is taken becomes a batch script of as many lines as before."""
     file = tmp_path / "mine.yaml"

@@ -224,7 +224,7 @@ def test_batch_that_does_not_divide(cli: Cli, tiny_packed: Path, tmp_path: Path)
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from launch import cli as module
 
-    monkeypatch.setattr(module, "app", lambda: 1 / 0)
+    monkeypatch.setattr(module, "app", lambda **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         module.main()
 
@@ -232,7 +232,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from launch import cli as module
 
-    def interrupted() -> None:
+    def interrupted(**options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "app", interrupted)
