@@ -1,6 +1,8 @@
 import json
 import os
 import pickle
+import resource
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import hpc_ddpm
 from hpc_ddpm.checkpoint import MANIFEST, Piece, checkpoint_dir, publish, unfinished_dir, write_pieces
 from hpc_ddpm.config import Config, CovariateConfig, load_config
 from hpc_ddpm.diffusion import build_schedule
-from hpc_ddpm.errors import CheckpointError, ConfigError
+from hpc_ddpm.errors import CheckpointError, ClusterError, ConfigError
 from hpc_ddpm.files import write_json
 from hpc_ddpm.model import build_unet
 from hpc_ddpm.weights import (
@@ -294,3 +296,54 @@ def test_damaged_weights_of_a_run_are_passed_over(tmp_path: Path, how: str) -> N
         model = load_model(tmp_path)
     assert model.provenance["source"]["checkpoint"] == "step_00000001"
     assert same(model.network.state_dict(), whole)
+
+
+def test_a_file_with_a_wrong_crc_is_refused(published: Path) -> None:
+    """PyTorch reads it without a word."""
+    with zipfile.ZipFile(published) as archive:
+        entry = max(archive.infolist(), key=lambda one: one.file_size)
+    content = bytearray(published.read_bytes())
+    content[entry.header_offset + 200] ^= 1
+    published.write_bytes(content)
+    torch.load(published, weights_only=True)
+    with pytest.raises(
+        CheckpointError, match=r"not a readable PyTorch file \(the CRC of .* is wrong\); download or copy"
+    ):
+        load_model(published, "whole_head_128", SMALL)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    network, config = small_network()
+    broken = {key: value.clone() for key, value in network.state_dict().items()}
+    next(iter(broken.values())).flatten()[0] = torch.nan
+    torch.save(med_ddpm_content(broken, config), tmp_path / "nan.pt")
+    with pytest.raises(CheckpointError, match=r"nan\.pt: '.*' has values that are NaN or infinite"):
+        import_med_ddpm(tmp_path / "nan.pt", config)
+    save_weights(tmp_path / "ours", broken, config, {})
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: '.*' has values that are NaN"):
+        load_model(tmp_path / "ours")
+
+
+def test_weights_without_checksums_are_read_and_called_old(tmp_path: Path) -> None:
+    network, config = small_network()
+    save_weights(tmp_path / "old", network.state_dict(), config, {})
+    (tmp_path / "old" / "provenance.json").write_text("{}")
+    with pytest.warns(UserWarning, match="written by an earlier version, without checksums"):
+        assert same(load_model(tmp_path / "old").network.state_dict(), network.state_dict())
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    network, config = small_network()
+    save_weights(tmp_path / "source", network.state_dict(), config, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        for write in (
+            lambda: save_weights(tmp_path / "copy", network.state_dict(), config, {}),
+            lambda: export_med_ddpm(tmp_path / "source", tmp_path / "copy.pt"),
+        ):
+            with pytest.raises(ClusterError, match=r"cannot write here \(File too large\)"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
