@@ -309,7 +309,7 @@ def test_a_file_with_a_wrong_crc_is_refused(published: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"not a readable PyTorch file \(the CRC of .* is wrong\); download or copy"
     ):
-        load_model(published, "whole_head_128", SMALL)
+        import_med_ddpm(published, small_network()[1])
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
