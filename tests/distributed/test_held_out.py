@@ -21,7 +21,7 @@ from hpc_ddpm.training.held_out import HeldOutVolume
 from hpc_ddpm.training.validation import Validation
 from tests.conftest import TINY
 from tests.distributed.test_guards import state
-from tests.distributed.test_training import Torchrun, losses, run_all
+from tests.distributed.test_training import SMOOTH, Torchrun, losses, run_all
 
 BRAIN = "data.labels.names={1: brain, 2: tumour}"
 LOOK = ["training.validate_every_steps=2", "training.preview_every_steps=4"]
@@ -101,7 +101,7 @@ def test_the_same_at_any_rank_count_and_stage(torchrun: Torchrun, brains: Path, 
                 picture,
             )
 
-    config = load_config(None, [*TINY, *look, f"data.path={brains}", "data.val_fraction=0.3"]).config
+    config = load_config(None, [*TINY, *SMOOTH, *look, f"data.path={brains}", "data.val_fraction=0.3"]).config
     assert by_hand(config, reference, "ema") == pytest.approx(val_losses(row), rel=1e-6)
     assert by_hand(config, reference, "master") != pytest.approx(val_losses(row), rel=1e-6)
 
