@@ -44,7 +44,7 @@ from hpc_ddpm.workers.claims import Writer
 from hpc_ddpm.workers.owner import LEASE_S
 from hpc_ddpm.workers.sole import WAIT_S
 
-MAX_LISTED = 20
+MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,8 @@ def _labels_never_found(out: Path, config: DataConfig, index: Index) -> tuple[st
 
 
 def _refusal(failures: Sequence[str], num_subjects: int) -> DataFormatError:
-    listed = "".join(f"\n  {message}" for message in failures[:MAX_LISTED])
-    more = f"\n  and {len(failures) - MAX_LISTED} more" if len(failures) > MAX_LISTED else ""
+    more = [f"and {len(failures) - MAX_LISTED} more"] if len(failures) > MAX_LISTED else []
     return DataFormatError(
         f"{len(failures)} of {num_subjects} subjects cannot be packed; mend these files, "
-        f"or leave them out with --skip-bad:{listed}{more}"
+        f"or leave them out with --skip-bad: {'; '.join([*failures[:MAX_LISTED], *more])}"
     )

@@ -18,6 +18,8 @@ from hpc_ddpm.sampling.plan import MANIFEST, Item, read_manifest, write_manifest
 
 PROVENANCE = ("created", "versions", "git_commit")
 """What is said of the origin of weights."""
+SOURCE = ("run", "checkpoint", "file", "sha256", "step", "which")
+"""What is said of a run or file that weights come from: names, never paths."""
 PRIVATE = ("hooks", "host", "command")
 """Entries of settings and provenance that name people's machines, folders or programs."""
 
@@ -45,11 +47,11 @@ def _below_root(item: Item) -> Item:
 def weights_record(weights: Mapping[str, Any]) -> dict[str, Any]:
     """What a sidecar says of the weights: their name and hash, and what they were made with."""
     known = weights.get("provenance", {})
-    return {
-        "path": below_root(weights["path"], ""),
-        "sha256": weights["sha256"],
-        "provenance": {name: known[name] for name in PROVENANCE if name in known},
-    }
+    told = {name: known[name] for name in PROVENANCE if name in known}
+    source = known.get("source")
+    if isinstance(source, Mapping):
+        told["source"] = without_places({name: source[name] for name in SOURCE if name in source})
+    return {"path": below_root(weights["path"], ""), "sha256": weights["sha256"], "provenance": told}
 
 
 def without_places(value: Any) -> Any:

@@ -229,7 +229,7 @@ def test_a_link_that_leads_nowhere_is_one_bad_subject(
     link.rename(tmp_path / "annexed.nii.gz")
     link.symlink_to("nowhere")
     with pytest.raises(
-        DataFormatError, match=r"1 of 6 subjects cannot be packed.*\n.*head_0001\.nii\.gz: no such file"
+        DataFormatError, match=r"1 of 6 subjects cannot be packed.*: .*head_0001\.nii\.gz: no such file"
     ):
         pack(heads, tmp_path / "out", tiny())
     assert pack(heads, tmp_path / "out", tiny(), skip_bad=True).num_subjects == 5

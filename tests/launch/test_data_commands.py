@@ -16,6 +16,8 @@ from hpc_ddpm.data.phantom import write_phantoms
 from launch.cli import main
 
 SETTINGS = ["data.size=[16,16,16]"]
+NO_VOLUME = b"nothing" * 100
+"""As long as a volume, and none."""
 
 
 class Result:
@@ -72,7 +74,7 @@ def test_check_tells_by_its_exit_code(data, source: Path, tmp_path: Path) -> Non
     assert "warning unmatched-file (1)  -> give it the partner it lacks" in warned.out
     assert "subject [red]alone has no mask" in warned.out
     assert data("check", source, "-q", "--strict", *SETTINGS).code == 2
-    (source / "t1" / "head_0001.nii.gz").write_bytes(b"nothing")
+    (source / "t1" / "head_0001.nii.gz").write_bytes(NO_VOLUME)
     failed = data("check", source, "-q", "--report", tmp_path / "page.html", "--workers", "1", *SETTINGS)
     assert failed.code == 2
     assert "error unreadable (1)  -> copy or convert the file again" in failed.out
@@ -82,7 +84,7 @@ def test_check_tells_by_its_exit_code(data, source: Path, tmp_path: Path) -> Non
 
 
 def test_check_as_json(data, source: Path) -> None:
-    (source / "t1" / "head_0001.nii.gz").write_bytes(b"nothing")
+    (source / "t1" / "head_0001.nii.gz").write_bytes(NO_VOLUME)
     done = data("check", source, "-q", "--json", *SETTINGS)
     result = json.loads(done.out)
     assert done.code == 2
@@ -95,7 +97,7 @@ def test_check_as_json(data, source: Path) -> None:
 def test_many_findings_of_a_kind_are_cut_short(data, tmp_path: Path) -> None:
     source = write_phantoms(tmp_path / "source", 10, (16, 16, 16))
     for file in (source / "t1").iterdir():
-        file.write_bytes(b"nothing")
+        file.write_bytes(NO_VOLUME)
     done = data("check", source, "-q", *SETTINGS)
     assert "and 2 more (--json lists all)" in done.out
     assert "head_0007" in done.out and "head_0008" not in done.out
