@@ -25,10 +25,10 @@ from hpc_ddpm.training.engine import Engine
 from hpc_ddpm.training.guards import SPIKE_SCORE, SpikeDetector
 from tests.conftest import TINY
 from tests.distributed.test_kills import finish, start, stderr_of
-from tests.distributed.test_training import FP16, RUNS, Torchrun, losses
+from tests.distributed.test_training import BF16_CROPS, FP16, RUNS, Torchrun, losses
 from tests.forks import Fork
 
-PRECISIONS = {"fp32": ["training.precision=fp32"], "bf16": ["training.precision=bf16"], "fp16": FP16}
+PRECISIONS = {"fp32": ["training.precision=fp32"], "bf16": ["training.precision=bf16", *BF16_CROPS], "fp16": FP16}
 WAYS = {
     f"{precision}-{stage}": [*settings, f"training.zero_stage={stage}"]
     for precision, settings in PRECISIONS.items()
