@@ -49,7 +49,9 @@ def run_template(folder: Path, **variables: str) -> subprocess.CompletedProcess[
     return subprocess.run(["bash", script, "--out", "a b"], env=env, cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("codes", "ends_with", "comes_back"), [("2 143", 2, False), ("138 138", 138, True)])
+@pytest.mark.parametrize(
+    ("codes", "ends_with", "comes_back"), [("2 143", 2, False), ("138 138", 138, True), ("75 75", 75, True)]
+)
 def test_a_mistake_of_one_rank_is_not_requeued(tmp_path: Path, codes: str, ends_with: int, comes_back: bool) -> None:
     done = run_template(tmp_path, CODES=codes)
     assert (done.returncode, "did requeue 7" in done.stdout) == (ends_with, comes_back), done.stderr
