@@ -10,7 +10,7 @@ from zlib_ng import zlib_ng
 
 GZIP = b"\x1f\x8b"
 MAX_RATIO = 1032
-"""Of deflate: a file of n bytes unpacks to 1032 n at most."""
+"""Most that deflate can compress: a file of n bytes unpacks to 1032 n bytes at most."""
 SLACK = 2**22
 """Bytes behind the last voxel that are passed over: padding, FreeSurfer's tables of colours."""
 GZIP_WINDOW = 31

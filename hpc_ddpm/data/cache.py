@@ -115,7 +115,7 @@ def _open(packed: Packed, indices: Sequence[int], memory: str) -> VolumeCache:
 
 
 def size_bytes(data: DataConfig, count: int) -> int:
-    """Of a cache of `count` volumes."""
+    """Size of a cache of `count` volumes."""
     per_voxel = data.num_modalities * np.dtype(data.storage_dtype).itemsize + 1
     return count * (per_voxel * math.prod(data.size) + 1)
 

@@ -26,7 +26,7 @@ BITS, SYNTAX = "0028|0100", b"\x02\x00\x10\x00UI"
 PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 """Transfer syntaxes that do not compress."""
 MAX_RATIO = 5000
-"""Of those that do; an empty slice of JPEG 2000 comes to about 2000."""
+"""Most that the other transfer syntaxes compress; an empty slice of JPEG 2000 comes to about 2000."""
 MAX_TILT, MAX_UNEVEN, SAME_PLACE_MM = 1e-3, 0.05, 1e-3
 """Between orientations; of the usual distance of slices; between slices."""
 PLACE_TAGS = ("0020|0037", "0028|0030")

@@ -18,19 +18,19 @@ from hpc_ddpm.errors import DataFormatError
 Array = NDArray[Any]
 Inside = NDArray[np.bool_]
 EVEN, FAINT = 0.05, 1e-3
-"""Of the range of an image: how far the background may vary, and what is too little to tell."""
+"""Shares of the range of an image: how far the background may vary, and what is too little to tell."""
 MIN_BACKGROUND = 0.5
-"""Of the border, that is background."""
+"""Share of the border that must be background."""
 MAX_REACH = 0.1
-"""Of the border, that a body with values on both sides of the background may reach."""
+"""Share of the border that a body may reach if it has values on both sides of the background."""
 MAX_FAINT, MAX_BELOW = 0.01, 0.01
-"""Of the voxels above the background: faint ones, and those below it, that are still nothing but chance."""
+"""Shares of the voxels above the background: so many faint voxels, and so many below it, are still chance."""
 MIN_PIECE = 0.01
-"""Of the largest piece, so that another one is no noise."""
+"""Share of the largest piece: a smaller piece counts as noise."""
 BODY = 0.3, 0.5
-"""Of the brain in the image: below the first, a label is not the rest of it; from the second on, it is."""
+"""Shares of the brain in the image: a label below the first is not the body; from the second on, it is."""
 MIN_SURFACE, MIN_BODY = 0.95, 0.1
-"""Of the surface of all labels, and of the field of view, that a label of the whole body takes up."""
+"""Shares of the surface of all labels, and of the field of view, that a label of the whole body takes up."""
 ALIKE, UNLIKE = 0.8, 0.5
 """Dice of two modalities that show one brain, and of two that do not."""
 

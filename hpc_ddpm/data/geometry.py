@@ -64,7 +64,7 @@ class Geometry:
 
     @property
     def affine(self) -> Affine:
-        """Of the packed volume: (4, 4), X, Y, Z voxels to mm."""
+        """Affine of the packed volume: (4, 4), from X, Y, Z voxels to mm."""
         shape, affine = self.resampled
         if self.fit == "resize":
             return affine @ _step_affine(_ratios(shape, self.size))

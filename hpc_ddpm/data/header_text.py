@@ -38,7 +38,7 @@ DICOM_FIELDS = {
 PERSONAL_KEY = re.compile(r"patient|birth|physician|operator|accession", re.IGNORECASE)
 IDENTITY_REMOVED = "0012|0062"
 MAX_EXTENSION_BYTES = 2**20
-"""Of the extensions that are looked at."""
+"""Most bytes of a file, from its start, in which extensions are looked for."""
 
 
 def may_identify(text: str) -> bool:
@@ -48,20 +48,20 @@ def may_identify(text: str) -> bool:
 
 
 def identifying_fields(header: Any, path: Path) -> tuple[str, ...]:
-    """Of a header of nibabel: its texts, and the extensions in its file."""
+    """Names of text fields in a header of nibabel, and of extensions in its file, that may identify a person."""
     found = [name for name in NIFTI_FIELDS if name in header and may_identify(_text(header[name]))]
     return (*found, *_extensions(header, path))
 
 
 def identifying_tags(tags: Mapping[str, str]) -> tuple[str, ...]:
-    """Of the tags of a DICOM file, as GDCM names them; none where it says that the identity was removed."""
+    """Names of DICOM tags that may identify a person; none where a tag says that the identity was removed."""
     if tags.get(IDENTITY_REMOVED, "").strip("\0 ").upper() == "YES":
         return ()
     return tuple(name for tag, name in DICOM_FIELDS.items() if _is_filled(tags.get(tag, "")))
 
 
 def identifying_keys(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Of the further keys of a NRRD or MetaImage file."""
+    """Further keys of a NRRD or MetaImage file that may identify a person."""
     return tuple(key for key, value in pairs if (PERSONAL_KEY.search(key) and value.strip()) or "^" in value)
 
 

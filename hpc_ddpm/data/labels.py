@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 OUTER_NAMES = ("head", "brain")
 MAX_TUMOUR = 0.5
-"""Of the brain, that one part of a tumour may fill."""
+"""Share of the brain that one part of a tumour may fill."""
 MAX_ROUNDING = 0.01
-"""Of a label from a whole number: scale factors, with which integers are stored, leave up to 0.008 (BraTS in uint8)."""
+"""Distance of a label from a whole number; scale factors of stored integers leave up to 0.008 (BraTS in uint8)."""
 
 
 def remap_labels(mask: NDArray[Any], labels: LabelsConfig, path: Path) -> NDArray[np.uint8]:

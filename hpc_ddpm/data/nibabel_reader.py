@@ -19,7 +19,7 @@ from hpc_ddpm.errors import DataFormatError
 
 Affine = NDArray[np.float64]
 HEAD_BYTES = 540
-"""Of the longest header, NIfTI-2."""
+"""Size of the longest header, that of NIfTI-2."""
 MM = {1: 1000.0, 3: 0.001}
 """Codes of metre and micron; all others count as mm."""
 nib.imageglobals.logger.setLevel(logging.CRITICAL + 1)  # what it warns of is checked here, and told in one line

@@ -38,7 +38,7 @@ class Volume:
     data: NDArray[Any]
     """(D, H, W) or (C, D, H, W), after orientation."""
     affine: Affine
-    """Of `data`, in X, Y, Z voxel order."""
+    """Affine of `data`, from voxels in X, Y, Z order to mm."""
     file_shape: Shape3
     """(X, Y, Z) in the file."""
     file_affine: Affine

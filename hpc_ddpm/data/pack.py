@@ -56,7 +56,7 @@ class PackReport:
     num_written: int
     """Subjects that this call read and wrote; 0 when all was there."""
     is_complete: bool
-    """False for the task of an array that left the end to others; then it says nothing of the dataset."""
+    """False for an array task that left the last steps to others; the other fields then do not describe the dataset."""
     splits: dict[str, int]
     """Subjects per split."""
     unmatched: tuple[Unmatched, ...]
@@ -126,7 +126,7 @@ def pack(
 def _settle(
     out: Path, config: DataConfig, subjects: Sequence[Subject], num_workers: int, overwrite: bool
 ) -> tuple[DataConfig, str]:
-    """With the coding of the masks, and what was decided, in one line; masks that are all packed are not read again.
+    """The settings with the coding of the masks, and a line about the decision; packed masks are not read again.
 
     Raises:
         DataFormatError: as `settle`.
@@ -153,7 +153,7 @@ def _is_finished(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: 
 
 @contextmanager
 def _join(out: Path, purpose: str) -> Iterator[Writer]:
-    """This process among the writers.
+    """Join the writers of this packing.
 
     Raises:
         ClusterError: others are at work with another purpose.
@@ -181,7 +181,7 @@ def _join(out: Path, purpose: str) -> Iterator[Writer]:
 
 
 def _publish(job: Job, writer: Writer) -> bool:
-    """Write the index, which publishes the dataset, if all shards are there; whether they are.
+    """Publish the dataset by writing its index if all shards are there; return whether they are.
 
     Raises:
         DataFormatError: subjects that cannot be packed.
@@ -225,7 +225,7 @@ def _give_names(job: Job, writer: Writer, entries: list[ShardEntry]) -> None:
 
 
 def _forget_errors(job: Job, writer: Writer) -> None:
-    """Let the next run try bad subjects again that an earlier skip_bad left out, unless others still look."""
+    """Let the next run retry bad subjects that an earlier skip_bad left out, unless other writers are at work."""
     if not writer.others():
         for shard in job.plan.shards:
             if job.entry_path(shard).exists() and job.entry(shard)["left_out"]:
@@ -233,7 +233,7 @@ def _forget_errors(job: Job, writer: Writer) -> None:
 
 
 def _entries(job: Job) -> list[ShardEntry]:
-    """Of all shards, with the splits of those that are new."""
+    """Index entries of all shards; those of new shards get their splits here."""
     new = {shard.number: job.entry(shard) for shard in job.plan.shards}
     done = [
         (shard.number, number, row.subject)
@@ -252,7 +252,7 @@ def _entries(job: Job) -> list[ShardEntry]:
 
 
 def _remove_surplus(out: Path) -> None:
-    """Shards of ours that are not of the dataset."""
+    """Remove shards of this project that the index does not name."""
     kept = {entry["file"] for entry in read_index(out).shards}
     for path in out.glob(f"shard-{'[0-9]' * 5}.h5"):
         if path.name not in kept and digest_at(path) is not None:

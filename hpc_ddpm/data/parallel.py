@@ -50,7 +50,7 @@ def ordered_map(
 
 
 def process_pool(num_workers: int, preload: str) -> ProcessPoolExecutor:
-    """Processes that leave Ctrl-C to this one; no fork of a process with threads."""
+    """A pool of processes that ignore Ctrl-C, which this process handles; it never forks a process with threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     return ProcessPoolExecutor(num_workers, context, _ignore_interrupts)

@@ -14,7 +14,7 @@ _PATCH = 2  # purpose of the random numbers
 
 
 class PatchDataset:
-    """Crops of the volumes of `volumes`; its items are the samples of a training run, of which there is no end."""
+    """Crops from `volumes`; its items are the samples of a training run, without end."""
 
     def __init__(self, volumes: VolumeDataset, seed: int, shape: tuple[int, int, int]) -> None:
         self.volumes, self.seed, self.shape = volumes, seed, shape
@@ -31,7 +31,7 @@ class PatchDataset:
 
 
 def patch_window(seed: int, sample: int, whole: tuple[int, int, int], part: tuple[int, int, int]) -> Window:
-    """The crop of a sample: every place that lies inside is as likely."""
+    """The crop of a sample; every position inside the volume is equally likely."""
     first = sample_rng(seed, sample, _PATCH).integers([size - side + 1 for size, side in zip(whole, part, strict=True)])
     d, h, w = (slice(begin, begin + side) for begin, side in zip(first.tolist(), part, strict=True))
     return d, h, w

@@ -1,4 +1,4 @@
-"""Whose a subject is: all subjects of one patient (sessions, time points, follow-ups) stay in one split."""
+"""Which patient a subject belongs to: all subjects of a patient (sessions, follow-ups) stay in one split."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def patient_by_name(subject: str, group: str) -> str:
 
 
 def find_patients(source: Path, group: str, subjects: Sequence[str], told: Mapping[str, str]) -> dict[str, str]:
-    """Whose each of these subjects is.
+    """The patient of each of these subjects.
 
     Args:
         source: a folder or table.
@@ -124,7 +124,7 @@ def first_subjects(patients: Mapping[str, str]) -> dict[str, str]:
 
 
 def beyond_names(patients: Mapping[str, str], group: str) -> dict[str, str]:
-    """What names do not tell: `first_subjects` of these patients, or nothing where names tell the same patients."""
+    """`first_subjects` of these patients; empty if the subjects' names already tell the same patients."""
     by_name = {subject: patient_by_name(subject, group) for subject in patients}
     first = first_subjects(patients)
     return {} if first == first_subjects(by_name) else first

@@ -47,7 +47,7 @@ class Row:
     source: str
     """Hash of size and time of each file, and of covariates: whether the subject changed since it was packed."""
     size_bytes: int
-    """Of its files."""
+    """Size of the subject's files together."""
     key: str
 
 
@@ -60,12 +60,12 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of the shard's file."""
         return shard_name(self.number)
 
     @property
     def digest(self) -> str:
-        """Of all that is in it."""
+        """Hash of the keys of all rows."""
         return digest_of([row.key for row in self.rows])
 
 
@@ -77,13 +77,13 @@ class Plan:
     kept: Mapping[int, ShardEntry]
     """Published shards, by number."""
     splits: Mapping[str, str]
-    """Of subjects that are or were published."""
+    """Split by subject, for subjects that are or were published."""
     shards: tuple[Shard, ...]
-    """To be written."""
+    """Shards that are to be written."""
     patients: Mapping[str, str]
-    """Whose each wanted subject is."""
+    """Patient of each wanted subject."""
     replaces: bool = False
-    """Whether a published dataset, of which nothing is kept, makes way when all of this one is written."""
+    """Whether this dataset replaces a published one, of which nothing is kept, once all of it is written."""
 
     @property
     def num_subjects(self) -> int:
@@ -110,7 +110,7 @@ def build_rows(config: DataConfig, subjects: Sequence[Subject]) -> list[Row]:
 
 
 def _sizes_and_times(volume: Path) -> list[tuple[int, int]]:
-    """Bytes and nanoseconds of each of its files; 0 for what cannot be looked at, as reading it will say."""
+    """Size (bytes) and time (ns) of each file; 0 for a file that cannot be inspected, which reading reports later."""
     try:
         stats = [file.stat() for file in volume_files(volume)]
     except (OSError, DataFormatError):
@@ -147,7 +147,7 @@ def build_plan(out: Path, config: DataConfig, rows: Sequence[Row], overwrite: bo
 
 
 def digest_at(path: Path) -> str | None:
-    """Digest of the shard at `path` (empty if of another format version); None where no shard of ours is."""
+    """Digest of the shard at `path`; empty for another format version, None if there is no shard of this project."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             is_of_now = file.attrs.get("version") == VERSION

@@ -1,4 +1,4 @@
-"""Writers on several processes of this node; one that is killed costs what it was writing, nothing else."""
+"""Writers in several processes of this node; a killed process loses only what it was writing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hpc_ddpm.workers.claims import Writer
 
 POLL_S = 0.25
 SHARE_OF_TIME = 0.05
-"""For looking at the progress."""
+"""Largest share of the time that goes into looking at the progress."""
 Progress = Callable[[int, int], None]
 
 
 class Ticker:
-    """Tells how much of a job is finished, wherever, without spending much time on it."""
+    """Reports how much of a job all nodes have finished, without spending much time on it."""
 
     def __init__(self, job: Job, progress: Progress) -> None:
         self._job = job

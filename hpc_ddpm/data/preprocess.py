@@ -29,7 +29,7 @@ Array = NDArray[Any]
 Image = NDArray[np.float32]
 Mask = NDArray[np.uint8]
 MAX_INTENSITY = 1e30
-"""Beyond it, single precision has no room to compare voxels."""
+"""Largest absolute intensity; beyond it, comparing voxels could overflow single precision."""
 MAX_RESAMPLED = 2**30
 """Voxels to which data.voxel_size_mm may bring a volume that has fewer."""
 
@@ -125,7 +125,7 @@ def grid_distance(one: Volume, other: Volume) -> float:
 
 
 def _resolve(config: DataConfig) -> DataConfig:
-    """With the label scheme that the coding of the masks implies."""
+    """The settings with the label scheme that the coding of the masks implies."""
     return config.model_copy(update={"labels": resolve_labels(config.labels, config.layout)})
 
 
@@ -171,7 +171,7 @@ def _read_image(file: Path, path: Path, mask: Volume, mask_path: Path, config: D
 
 
 def _way_out(image: Volume, mask: Volume) -> str:
-    """What to do about two grids that differ."""
+    """Advice for the user when two grids differ."""
     if image.file_shape == mask.file_shape and np.array_equal(mask.file_affine, np.eye(4)):
         return (
             "its affine is the identity, as tools write it that drop the place: if voxel by voxel they match (look at "
@@ -181,7 +181,7 @@ def _way_out(image: Volume, mask: Volume) -> str:
 
 
 def _placed(geometry: Geometry, labels: Mask, image: Image | None, config: DataConfig) -> Geometry:
-    """Around the head, where that is asked for."""
+    """The geometry with its crop around the head, if the settings ask for that."""
     if config.crop_center == "volume":
         return geometry
     return geometry.around(box_around(head(labels, image, config.labels)))

@@ -50,7 +50,7 @@ class Settled:
     config: DataConfig
     """`data.labels.coding` is auto only where the coding is what auto stands for in this layout."""
     coding: str
-    """Its name; empty where nothing had to be decided."""
+    """Name of the coding; empty where nothing had to be decided."""
 
     @property
     def note(self) -> str:
@@ -101,7 +101,7 @@ def _settle(subjects: Sequence[Subject], config: DataConfig, num_workers: int) -
 
 
 def _values(subject: Subject) -> frozenset[int]:
-    """Nothing where the mask cannot be read: then packing says why."""
+    """Values in a mask; none if it cannot be read, which packing reports later."""
     try:
         beside = next(iter(subject.images.values()), None)
         mask = read_nifti(subject.mask, dtype=None, beside=beside)

@@ -150,7 +150,7 @@ def _copy_chunks(source: h5py.Dataset, target: h5py.Dataset, row: int) -> None:
 
 
 class _Sink:
-    """A file for HDF5 to write to that seems to take everything; `error` says why it did not."""
+    """A file for HDF5 that reports every write as done; `error` holds the first error, which HDF5 would hide."""
 
     def __init__(self, file: FileIO) -> None:
         self.error: OSError | None = None
@@ -158,7 +158,7 @@ class _Sink:
         self._file = file
 
     def write(self, data: memoryview) -> int:
-        """All of `data`, or none of it and an error to be found."""
+        """Write all of `data`; keep the first error in `error`, and tell HDF5 that all was written."""
         rest = data
         try:
             while len(rest):
@@ -168,7 +168,7 @@ class _Sink:
         return len(data)
 
     def truncate(self, size: int) -> int:
-        """As of a file."""
+        """Cut or extend the file to `size` bytes."""
         try:
             self._file.truncate(size)
         except OSError as error:
@@ -176,7 +176,7 @@ class _Sink:
         return size
 
     def flush(self) -> None:
-        """Nothing: it has no buffer."""
+        """Do nothing: there is no buffer."""
 
 
 @contextmanager

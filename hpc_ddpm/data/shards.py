@@ -56,7 +56,7 @@ SPLITS = ("train", "val", "test")
 
 Array = NDArray[Any]
 Window = tuple[slice, slice, slice]
-"""Of D, H and W, each with start and stop."""
+"""Slices along D, H and W, each with start and stop."""
 
 
 def shard_name(number: int) -> str:
@@ -131,9 +131,9 @@ class ShardEntry(TypedDict):
     size_bytes: Count
     sha256: str
     digest: str
-    """Of settings, subjects, and sizes and times of their files."""
+    """Hash of the settings, the subjects, and the sizes and times of their files."""
     id: list[str]
-    """Of every row."""
+    """Subject ids, one per row."""
     val: list[Count]
     test: list[Count]
     left_out: dict[str, str]
@@ -154,7 +154,7 @@ def with_patients(entry: ShardEntry, patients: Mapping[str, str]) -> ShardEntry:
 
 
 class Kind(TypedDict):
-    """Which index.json it is."""
+    """The fields that identify a version of index.json."""
 
     format: str
     version: int
@@ -190,7 +190,7 @@ class Index:
 
     @property
     def patients(self) -> dict[str, str]:
-        """Whose each packed subject is.
+        """Patient of each packed subject.
 
         Raises:
             DataFormatError: a pattern of data.group does not match.
@@ -415,7 +415,7 @@ class Packed:
             raise self._damaged(index, f"{name} cannot be read") from None
 
     def _shard(self, index: int) -> OpenShard:
-        """The open shard of a subject; those of a parent process are left to it, the least recently used is let go."""
+        """The open shard of a subject. A parent process keeps its own; the least recently used one is released."""
         if self._process != os.getpid():
             self._forget_shards()
         number = int(self._index.shard[index])

@@ -1,4 +1,4 @@
-"""One writer's share of packing: rows that nobody has written yet, and shards whose rows are all there.
+"""One writer's share of packing: rows that nobody has written yet, and shards whose rows all exist.
 
     rows/KEY.h5          a finished row
     rows/KEY.RUN.error   why it cannot be packed, as the start RUN of the command found
@@ -30,7 +30,7 @@ from hpc_ddpm.sealed import read_json
 from hpc_ddpm.workers.claims import Writer
 
 STATE = ".pack"
-"""Folder in the dataset that holds whatever is not published, until all is."""
+"""Folder in the dataset that holds unpublished files until everything is published."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
 
 
@@ -58,55 +58,55 @@ class Job:
     purpose: str
     """Hash of the wanted subjects, their files, the settings, and skip_bad."""
     run: str
-    """Start of the command, see `Team`."""
+    """Id of this start of the command, see `Team`."""
     skip_bad: bool
     stays: bool
     """Whether writers wait for work that others have begun."""
 
     @property
     def state(self) -> Path:
-        """Of the packing."""
+        """Folder in which the writers of this packing keep what is not published."""
         return self.out / STATE
 
     def look(self) -> Found:
-        """What is finished. Rows go once their shard has its entry, and that comes after the shard: in this order."""
+        """What is finished. The order of listing matters: rows are removed after the entry, which follows the shard."""
         rows, entries = _names(self.state / "rows"), _names(self.state / "entries")
         return Found(rows, entries, _names(self.state / "shards"))
 
     def row_path(self, row: Row) -> Path:
-        """Of a finished row."""
+        """Path of a finished row."""
         return self.state / "rows" / f"{row.key}.h5"
 
     def error_path(self, row: Row) -> Path:
-        """Of the reason why it could not be packed."""
+        """Path of the file that says why a row could not be packed."""
         return self.state / "rows" / f"{row.key}.{self.run}.error"
 
     def shard_path(self, shard: Shard) -> Path:
-        """Of a finished shard that has no name in the dataset yet."""
+        """Path of a finished shard until it gets its name in the dataset."""
         return self.state / "shards" / f"{shard.digest}.h5"
 
     def entry_path(self, shard: Shard) -> Path:
-        """Of its entry in the index to come."""
+        """Path of a finished shard's entry, which goes into the index later."""
         return self.state / "entries" / f"{shard.digest}.json"
 
     def entry(self, shard: Shard) -> ShardEntry:
-        """Of a finished shard, in the index to come; the number is of the plan."""
+        """The entry of a finished shard for the index; its file name has the shard's number in the plan."""
         entry = read_json(self.entry_path(shard), ShardEntry, "delete it, then run the same command again")
         return {**entry, "file": shard.name}
 
     def is_ready(self, shard: Shard, found: Found | None = None) -> bool:
-        """Whether the shard and its entry are there: at that moment, or now. Shards move one way, to their names."""
+        """Whether the shard and its entry exist, in `found` or else now. A shard moves only once, to its final name."""
         entry, file = self.entry_path(shard), self.shard_path(shard)
         has_entry = entry.name in found.entries if found else entry.exists()
         has_file = file.name in found.shards if found else file.exists()
         return has_entry and (has_file or digest_at(self.out / shard.name) == shard.digest)
 
     def is_bad(self, row: Row, found: Found) -> bool:
-        """Whether it cannot be packed."""
+        """Whether the row cannot be packed."""
         return f"{row.key}.{self.run}.error" in found.rows
 
     def is_finished(self, row: Row, found: Found) -> bool:
-        """Whether it needs no more work in this run."""
+        """Whether the row needs no more work in this run."""
         return f"{row.key}.h5" in found.rows or self.is_bad(row, found)
 
     def num_finished(self, shard: Shard, found: Found) -> int:
@@ -116,14 +116,14 @@ class Job:
         return sum(self.is_finished(row, found) for row in shard.rows)
 
     def is_settled(self, shard: Shard, found: Found) -> bool:
-        """Whether there is no more to do: ready, or kept from it by subjects that cannot be packed."""
+        """Whether the shard needs no more work: it is ready, or subjects that cannot be packed prevent it."""
         if (is_ready := self.is_ready(shard, found)) or self.skip_bad:
             return is_ready
         has_bad = any(self.is_bad(row, found) for row in shard.rows)
         return has_bad and self.num_finished(shard, found) == len(shard.rows)
 
     def errors(self, shard: Shard, found: Found) -> dict[int, str]:
-        """Why rows cannot be packed, by number."""
+        """Reasons why rows cannot be packed, by row number."""
         if self.is_ready(shard, found):
             return {int(row): why for row, why in self.entry(shard)["left_out"].items()}
         bad = [(number, row) for number, row in enumerate(shard.rows) if self.is_bad(row, found)]
@@ -132,7 +132,7 @@ class Job:
 
 @dataclass
 class Share:
-    """The work of one writer, of which `slot` of `num_slots` is where it starts."""
+    """The work of one writer; `slot` of `num_slots` says where it starts."""
 
     job: Job
     writer: Writer
@@ -144,7 +144,7 @@ class Share:
     _num_steps: int = field(default=0, init=False)
 
     def work(self) -> int:
-        """Until all shards are settled, or (where the job says so) others that live have begun the rest.
+        """Work until all shards are settled, or until living writers have begun the rest, unless the job stays.
 
         Returns:
             Subjects read and written.
@@ -192,7 +192,7 @@ class Share:
                 self._make_ready(shard, found)
 
     def _find(self, shard: Shard) -> Path | None:
-        """Where the shard is, with no row empty."""
+        """Path of the shard if it is written with no row empty, else None."""
         places = self.job.shard_path(shard), self.job.out / shard.name
         return next((path for path in places if is_shard_written(path, shard)), None)
 
@@ -220,7 +220,7 @@ class Share:
         self.on_row()
 
     def _make_ready(self, shard: Shard, found: Found) -> None:
-        """Write the shard, unless it is there, and its entry."""
+        """Write the shard, unless it exists, and its entry."""
         self._num_steps += 1
         path, left_out = self._find(shard), dict[int, str]()
         try:
@@ -238,7 +238,7 @@ class Share:
                 self.job.row_path(row).unlink(missing_ok=True)
 
     def _put_together(self, shard: Shard, left_out: Mapping[int, str]) -> Path | None:
-        """The shard of its rows; None if some turn out to be damaged, which are forgotten instead."""
+        """Write the shard from its rows; None if some rows are damaged, which are deleted to be written again."""
         files = {i: self.job.row_path(row) for i, row in enumerate(shard.rows) if i not in left_out}
         damaged = [file for i, file in files.items() if not is_row_written(file, shard.rows[i])]
         for file in damaged:

@@ -73,7 +73,7 @@ def _read_table(file: Path) -> dict[int, str]:
 
 
 def _pair(entry: tuple[str, Any]) -> tuple[int, str]:
-    """Of {"1": "liver"} or {"liver": 1}; 0 for others."""
+    """Value and name from an item of {"1": "liver"} or {"liver": 1}; the value is 0 for anything else."""
     key, other = entry
     if isinstance(other, str) and key.isascii() and key.isdigit():
         return int(key), other

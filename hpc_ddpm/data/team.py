@@ -1,4 +1,4 @@
-"""The processes that one start of the command made, which share its work without talking to each other."""
+"""The processes of one start of the command, which share its work without messages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hpc_ddpm.distributed import Ranks
 
 @dataclass(frozen=True)
 class Team:
-    """This process among them: ranks, tasks of a SLURM array, or both."""
+    """This process as a member: a rank, a task of a SLURM array, or both."""
 
     run: str
-    """The same in all of them, and another one at the next start (12 hexadecimal digits)."""
+    """Id of this start, equal in all members and new at every start (12 hexadecimal digits)."""
     index: int = 0
     size: int = 1
     stays: bool = True
-    """Whether to wait for the others at the end; the tasks of an array leave, and the last one finishes."""
+    """Whether to wait for the other members at the end; array tasks do not, and the last of them finishes the work."""
 
 
 def detect_team(ranks: Ranks, env: Mapping[str, str] | None = None) -> Team:
@@ -47,7 +47,7 @@ def default_workers(ranks: Ranks, env: Mapping[str, str] | None = None) -> int:
 
 
 def wait_for_all(ranks: Ranks) -> None:
-    """Until every rank is here. Under mpirun only: it ends all ranks as soon as one has failed."""
+    """Wait until every rank is here; only under mpirun, which ends all ranks as soon as one has failed."""
     if ranks.started_by == "mpirun" and ranks.world_size > 1:
         from mpi4py import MPI
 
@@ -62,7 +62,7 @@ def _array_task(env: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _start_id(ranks: Ranks, num_tasks: int, env: Mapping[str, str]) -> str:
-    """Whatever the members of the team, and only they, have in common."""
+    """Text that is equal in all members of the team, and only in them."""
     restart = env.get("SLURM_RESTART_COUNT", "0")
     if num_tasks > 1:
         return f"array {env.get('SLURM_ARRAY_JOB_ID')} {restart}"

@@ -1,1 +1,1 @@
-"""Processes that share a folder without talking to each other: who is at work, and who has what."""
+"""Processes share work through a folder, without messages: it records who is at work and who has which unit."""

@@ -27,21 +27,21 @@ from hpc_ddpm.files import is_file_name
 from hpc_ddpm.workers.owner import HEARTBEAT_S, LEASE_S, RECORD, Owner, Pulse, Watch, read_owner, this_process
 
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
-"""How file systems refuse symbolic links."""
+"""Error numbers of file systems that have no symbolic links."""
 NOBODY = "nobody"
 LOOKS_PER_BEAT = 8
-"""At other writers: a thousand of them must not keep the storage busy with it."""
+"""Other writers that each heartbeat looks at; the limit keeps a thousand writers from overloading the storage."""
 
 
 class Writer:
-    """This process among the writers of a folder; a context manager."""
+    """This process as one of the writers of a folder; a context manager."""
 
     def __init__(self, state: Path, purpose: str) -> None:
         self.owner = this_process(purpose)
         self.name = f"{self.owner.host}-{self.owner.pid}-{secrets.token_hex(4)}"
         self.state = state
         self.scratch = state / "writers" / self.name
-        """For files that this writer has not finished."""
+        """Folder for files that this writer has not finished."""
         self.lost: set[str] = set()
         """Claims of this writer that others took over, because it was silent for too long."""
         self._held: set[str] = set()
@@ -54,7 +54,7 @@ class Writer:
         self.state.mkdir(parents=True, exist_ok=True)
         while not self._join():
             pass
-        self._bury(self._folders())
+        self._remove_dead(self._folders())
         self._thread.start()
         return self
 
@@ -62,7 +62,7 @@ class Writer:
         self.leave()
 
     def _join(self) -> bool:
-        """Appear among the writers, at once; False where the last of them has just cleared away."""
+        """Join the writers in one step; False if the last writer has just removed the folder."""
         begin = self.state / f".{self.name}"
         _make_folder(self.state)  # not with its parents: what was moved away must not come back
         with suppress(FileNotFoundError):
@@ -74,12 +74,12 @@ class Writer:
         return False
 
     def leave(self) -> bool:
-        """End being a writer; whether this one was the last."""
+        """Stop being a writer; return whether this was the last one."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join()
         shutil.rmtree(self.scratch, ignore_errors=True)
-        self._bury(self._folders())
+        self._remove_dead(self._folders())
         return not self.others()
 
     def clear_away(self) -> None:
@@ -101,7 +101,7 @@ class Writer:
 
     @contextmanager
     def claim(self, unit: str) -> Iterator[bool]:
-        """Whether the piece of work called `unit` is ours until the end of the block."""
+        """Try to claim a unit of work until the end of the block; yields whether this writer has it."""
         is_ours = self._take(unit)
         if is_ours:
             self._held.add(unit)
@@ -116,7 +116,7 @@ class Writer:
                         self._link(unit).unlink(missing_ok=True)
 
     def claimant(self, unit: str) -> str | None:
-        """Name of the writer, living or not, that has the claim."""
+        """Name of the writer, alive or dead, that holds the claim; None if nobody holds it."""
         if not self._has_links:
             return self.name
         try:
@@ -130,7 +130,7 @@ class Writer:
         return name if is_file_name(name) else NOBODY
 
     def age_in_words(self, unit: str) -> str:
-        """How long a claim has been held, by the file system's clock: `, for 12 min`; empty if it cannot be known."""
+        """How long a claim has been held by the file system's clock, as `, for 12 min`; empty if unknown."""
         with suppress(OSError):
             minutes = (_file_system_time(self.scratch) - self._link(unit).lstat().st_mtime) / 60
             if minutes >= 0:
@@ -138,19 +138,19 @@ class Writer:
         return ""
 
     def look(self, name: str) -> Pulse | None:
-        """Another writer by its name; None if it does not live."""
+        """What is known about another writer, by its name; None if it is dead."""
         return self._watch.look(self.scratch.with_name(name))
 
     def others(self) -> list[Owner]:
-        """Living writers of the folder, without this one."""
+        """Owners of the other living writers of the folder."""
         return [pulse.owner for pulse in self.pulses()]
 
     def has_heard_all(self) -> bool:
-        """Whether the other writers are known to live; one that was silent since this one joined may be dead."""
+        """Whether all other writers are known to live; one that has been silent since this one joined may be dead."""
         return all(pulse.is_heard for pulse in self.pulses())
 
     def pulses(self) -> list[Pulse]:
-        """What is seen of the other writers that live, or may."""
+        """What is known about each other writer that lives or may live."""
         return [pulse for folder in self._folders() if (pulse := self._watch.look(folder))]
 
     def _take(self, unit: str) -> bool:
@@ -184,7 +184,7 @@ class Writer:
         return True
 
     def _inherit(self, unit: str, dead: str) -> bool:
-        """Take over a dead writer's claim. Of several who want to, one may: who claims what is named after both."""
+        """Take over a dead writer's claim. Several may try; a claim named after both lets one of them do it."""
         with self.claim(f".{sha256(f'{unit}/{dead}'.encode()).hexdigest()[:32]}") as is_heir:
             if not is_heir or self.claimant(unit) != dead:
                 return False
@@ -199,13 +199,13 @@ class Writer:
         return self.state / "claims" / unit
 
     def _folders(self) -> list[Path]:
-        """One per other writer, living or not."""
+        """One folder for each other writer, alive or dead."""
         with suppress(OSError):  # the last writer has just cleared away
             return [entry for entry in self.scratch.parent.iterdir() if entry.name[0] != "." and entry != self.scratch]
         return []
 
-    def _bury(self, folders: list[Path]) -> None:
-        """Remove what the dead among these writers left."""
+    def _remove_dead(self, folders: list[Path]) -> None:
+        """Remove the folders of those writers that are dead."""
         for folder in folders:
             if self._watch.look(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -216,7 +216,7 @@ class Writer:
             with suppress(OSError):
                 self._beat()
                 ahead = ahead[LOOKS_PER_BEAT:] or self._folders()
-                self._bury(ahead[:LOOKS_PER_BEAT])
+                self._remove_dead(ahead[:LOOKS_PER_BEAT])
                 self.lost |= {unit for unit in tuple(self._held) if self.claimant(unit) != self.name}
 
     def _beat(self) -> None:
@@ -227,14 +227,14 @@ class Writer:
 
 
 def _make_folder(folder: Path, *, parents: bool = False) -> None:
-    """`exist_ok` fails where the folder is removed at the same time."""
+    """Make a folder unless it exists; `exist_ok` fails if another process removes the folder at the same time."""
     with suppress(FileExistsError):
         folder.mkdir(parents=parents)
 
 
 @contextmanager
 def visiting(state: Path, purpose: str) -> Iterator[Writer]:
-    """A writer, after which nothing is left of the folder, unless another has joined."""
+    """A writer for the block; the folder is removed afterwards, unless another writer has joined."""
     writer = Writer(state, purpose)
     try:
         with writer:
@@ -245,7 +245,7 @@ def visiting(state: Path, purpose: str) -> Iterator[Writer]:
 
 
 def look_at_claims(state: Path) -> tuple[list[Owner], set[str]]:
-    """Writers of a folder that seem to live, and the units of work that they have claimed; without joining them.
+    """Writers of a folder that seem to live, and the units that they have claimed; this process does not join.
 
     For people only: one look can go by nothing but time stamps.
     """
@@ -266,7 +266,7 @@ def look_at_claims(state: Path) -> tuple[list[Owner], set[str]]:
 
 
 def _file_system_time(folder: Path) -> float:
-    """By its own clock where a file can be written, else by ours."""
+    """Seconds since the epoch by the file system's clock if a file can be written, else by this machine's clock."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             return os.fstat(file.fileno()).st_mtime

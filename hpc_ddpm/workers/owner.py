@@ -1,4 +1,4 @@
-"""Which process a worker is, and whether it still lives: no clock of any machine has to agree with another.
+"""Which process a worker is, and whether it still lives. The clocks of the machines need not agree.
 
 A worker renews the time stamp of its `owner.json` every HEARTBEAT_S. Whoever looks asks only whether the stamp has
 changed since the last look, and measures the silence by its own monotonic clock.
@@ -19,53 +19,53 @@ from hpc_ddpm.sealed import UnreadableError, parse, seal
 
 HEARTBEAT_S = 10.0
 LEASE_S = 60.0
-"""A worker that was silent for longer is dead to the others."""
+"""Seconds of silence after which other workers count a worker as dead."""
 RECORD = "owner.json"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process behind a worker."""
+    """The process that a worker is."""
 
     host: str
     namespace: str
-    """Process ids mean something within it only."""
+    """Process ids are valid only within this namespace."""
     pid: int
     started: str
-    """Tells a process from a later one with the same id."""
+    """Start time, which distinguishes a process from a later one with the same id."""
     job: str
     purpose: str
-    """Workers of one purpose help each other."""
+    """Workers with the same purpose share their work."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f" (SLURM job {self.job})" if self.job else "")
 
     @property
     def is_here(self) -> bool:
-        """Whether this machine knows its processes."""
+        """Whether the process belongs to this machine and namespace."""
         return (self.host, self.namespace) == _here()
 
     @property
     def runs(self) -> bool:
-        """Known to run; False for processes of other hosts."""
+        """Whether the process is known to run; False for processes of other hosts."""
         return self.is_here and _started(self.pid) == self.started
 
     @property
     def is_gone(self) -> bool:
-        """Known to have ended; False for processes of other hosts."""
+        """Whether the process is known to have ended; False for processes of other hosts."""
         return self.is_here and _started(self.pid) != self.started
 
     def write(self, folder: Path) -> None:
-        """Its record; not atomically."""
+        """Write the record into `folder`; not atomically."""
         (folder / RECORD).write_text(seal(json.dumps(asdict(self))), encoding="utf-8")
 
 
 NOT_KNOWN = Owner("a host that is not known", "?", 0, "", "", "")
-"""The record is damaged."""
+"""Owner that stands for a damaged record."""
 
 
 def this_process(purpose: str) -> Owner:
-    """The owner that this process is."""
+    """The owner record of this process."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
     return Owner(*_here(), os.getpid(), _started(os.getpid()), job, purpose)
 
@@ -95,18 +95,18 @@ class Pulse:
     looked: float
     silent_s: float = 0.0
     is_heard: bool = False
-    """Whether it is known to live, by a heartbeat that was seen, or because it runs on this machine."""
+    """Whether the worker is known to live: a heartbeat was seen, or it runs on this machine."""
 
 
 class Watch:
-    """What this process has seen of the others; threads may share it."""
+    """What this process has seen of other workers; threads may share it."""
 
     def __init__(self) -> None:
         self._pulses: dict[str, Pulse] = {}
         self._lock = threading.Lock()
 
     def look(self, folder: Path) -> Pulse | None:
-        """The worker of this folder; None if it has ended, or was silent for LEASE_S.
+        """What is known about the worker of this folder; None if it has ended or was silent for LEASE_S.
 
         A long time between two looks counts as little: perhaps the storage did not answer, to nobody.
         """
@@ -141,7 +141,7 @@ def _here() -> tuple[str, str]:
 
 
 def _started(pid: int) -> str:
-    """When the process began, in the system's own unit; empty if it has ended."""
+    """When the process began, in clock ticks since boot, as text; empty if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]

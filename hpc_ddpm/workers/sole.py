@@ -1,4 +1,4 @@
-"""One process at a time: whoever comes second is refused, and takes over from the dead.
+"""Only one process may own a folder. A second one is refused while the owner lives, and takes over from a dead owner.
 
 This is how the whole project locks. `flock` is not used: network file systems answer it in many ways, or wrongly.
 """
@@ -24,14 +24,14 @@ def _note(line: str) -> None:
 
 
 class Sole:
-    """This process, which has the folder for itself."""
+    """This process as the only owner of a folder."""
 
     def __init__(self, writer: Writer, refuse: Callable[[str], str]) -> None:
         self._writer = writer
         self._refuse = refuse
 
     def check(self) -> None:
-        """Ask the file system whether nobody has taken over.
+        """Check in the file system that nobody has taken over.
 
         Raises:
             ClusterError: another process did, because this one was silent for too long.
@@ -42,7 +42,7 @@ class Sole:
             raise ClusterError(self._refuse(str(pulse.owner) if pulse else "another process"))
 
     def check_quickly(self) -> None:
-        """As `check`, by what the last heartbeat found; touches no file."""
+        """Like `check`, but uses what the last heartbeat found and touches no file."""
         if UNIT in self._writer.lost:
             self.check()
 
@@ -51,7 +51,7 @@ class Sole:
 def sole_owner(
     state: Path, purpose: str, refuse: Callable[[str], str], say: Callable[[str], None] = _note
 ) -> Iterator[Sole]:
-    """Have the folder `state` for this process alone until the end of the block; nothing is left of it then.
+    """Own the folder `state` alone until the end of the block, which removes the folder.
 
     An owner on another machine that has never been heard may be dead: it is given LEASE_S to show that it lives.
 

@@ -24,13 +24,13 @@ from hpc_ddpm.errors import DataFormatError
 
 MAX_ANISOTROPY = 2.0
 MAX_CUT_SHARE = 0.005
-"""Of a label's voxels, outside data.size."""
+"""Share of a label's voxels that may lie outside data.size."""
 MIN_OVERLAP = 0.25
-"""Of the mask, with what is not background."""
+"""Share of the mask that must lie on what is not background."""
 MAX_CLIPPED_SHARE, MIN_SPREAD = 0.98, 0.02
-"""Of a window: voxels outside it, and how much of it the inner 99 % of voxels take up."""
+"""Share of voxels that may lie outside a window; share of the window that the inner 99 % of voxels must take up."""
 SQUEEZED_BELOW = 0.2
-"""Of the range to which 99.5 % of voxels are squeezed."""
+"""Share of the range: an image is squeezed if 99.5 % of its voxels take up less."""
 AIR_HU = -900
 FRAGMENT_VOXELS, MAX_FRAGMENTS = 5, 10
 AXES = ("up and down", "front and back", "left and right")

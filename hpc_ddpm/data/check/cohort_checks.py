@@ -17,9 +17,9 @@ from hpc_ddpm.data.nifti import Shape3
 from hpc_ddpm.data.patients import torn_patients
 
 MAX_VOXEL_DEVIATION = 0.1
-"""Of a voxel side from the cohort's median."""
+"""Relative deviation of a voxel side from the cohort's median."""
 MIN_LABELLED_SHARE = 0.2
-"""Of what is not background, in the median subject."""
+"""Share of what is not background that masks must label in the median subject."""
 DUPLICATE_DISTANCE, DUPLICATE_SHARE, DUPLICATE_ALONE = 0.005, 0.15, 0.002
 """1 - correlation of signatures: at most, also as a share of the median of all pairs; and of two subjects alone."""
 BLOCK = 1024
@@ -42,7 +42,7 @@ class Facts:
     label_voxels: tuple[int, ...] | None = None
     """Voxels of each label, in the order of the scheme; None where the mask cannot be used."""
     labelled_share: float | None = None
-    """Of what is not background in the first image."""
+    """Share of what is not background in the first image that the mask labels."""
     intensities: dict[str, tuple[float, float]] | None = None
     """Smallest and largest value of each image."""
     signature: NDArray[np.float32] | None = None

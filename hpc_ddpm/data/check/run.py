@@ -41,7 +41,7 @@ class CheckReport:
     cases: tuple[Facts, ...]
     """Every complete subject, sorted by id."""
     findings: tuple[Finding, ...]
-    """Of all subjects, and of the source as a whole."""
+    """Findings about all subjects, and about the source as a whole."""
     coding: str = ""
     """What was decided about the values of the masks, in one line; empty where there was nothing to decide."""
 

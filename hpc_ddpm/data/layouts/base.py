@@ -98,7 +98,7 @@ class Files:
     unmatched: list[Unmatched] = field(default_factory=list)
     splits: dict[str, str] = field(default_factory=dict)
     patients: dict[str, str] = field(default_factory=dict)
-    """Of subjects whose patient the layout knows."""
+    """Patient by subject, where the layout knows it."""
 
     def add(self, subject: str, role: str, path: Path, rank: int = 0) -> None:
         """A candidate, unless its name will not do."""
