@@ -113,7 +113,7 @@ class MemoryPlan:
 
     @property
     def workspace(self) -> int:
-        """Of the largest convolution."""
+        """Workspace of the largest convolution."""
         return self.micro_batch * self.trace.workspace_bytes
 
     @property

@@ -42,7 +42,7 @@ class Trace:
     largest_numel: int
     """Elements of the largest tensor."""
     host_bytes: int
-    """Of activations that wait for backward in the host's memory; in no other figure here."""
+    """Activations that wait for backward in the host's memory; no other figure here counts them."""
     workspace_bytes: int
     """What the largest convolution takes beside its input and output. An estimate; see `_workspace`."""
 

@@ -47,7 +47,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Closeness:
-    """Of a whole set."""
+    """How close the volumes of a whole set are to the training volumes."""
 
     threshold: float
     num_training: int
@@ -109,7 +109,7 @@ def _real(packed: Packed, index: int) -> tuple[Vector, Vector]:
 
 
 def _vectors(image: NDArray[np.float32], affine: Affine) -> tuple[Vector, Vector]:
-    """Of (C, D, H, W), and of its mirror image."""
+    """Feature vectors of an image (C, D, H, W) and of its mirror image."""
     small = np.stack([shrink(channel, SIDE) for channel in np.clip(image, -1, 1)])
     left_right = 3 - next(axis for axis, code in enumerate(axis_codes(affine)) if code in "LR")
     return _normalise(small), _normalise(np.flip(small, left_right))

@@ -26,12 +26,12 @@ from hpc_ddpm.sampling.privacy import item_record, weights_record, without_place
 from hpc_ddpm.sampling.write import voxels_sha256, write_outputs
 
 MAX_FAILED_WRITES = 3
-"""In a row; then the disk is the problem, not the volume."""
+"""Failed writes in a row after which the disk, not the volume, counts as the problem."""
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A volume that this worker has the lease of."""
+    """A volume for which this worker holds the lease."""
 
     item: Item
     mask: Mask
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def seed(self) -> int:
-        """Of this try."""
+        """Seed of this try."""
         return try_seed(self.item.seed, len(self.rejected))
 
 
@@ -57,9 +57,9 @@ class Finisher:
     fidelity: tuple[str, Fidelity] | None
     run: str
     failed: dict[str, str] = field(default_factory=dict, init=False)
-    """Id -> kind, of this worker; a full disk keeps no record."""
+    """Kind of failure by id, found by this worker; kept here because a full disk takes no record."""
     fitted: set[str] = field(default_factory=set, init=False)
-    """Masks that had to change to fit."""
+    """Ids of masks that had to be changed to fit."""
     generated: int = field(default=0, init=False)
     _failed_writes: int = field(default=0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -114,13 +114,13 @@ class Finisher:
             self.folder.write_failure(Failure(item.id, kind, reason, self.run), self.scratch)
 
     def failures(self, ids: set[str]) -> dict[str, int]:
-        """Failed ones of these volumes by kind, whoever found them."""
+        """Number of failed volumes among `ids` by kind, whichever worker found them."""
         kinds = self.failed | {failure.id: failure.kind for failure in self.folder.failures()}
         left = ids - self.folder.done()
         return dict(Counter(kind for item_id, kind in kinds.items() if item_id in left))
 
     def _count(self, *, is_written: bool) -> int:
-        """Of the volumes before this one, those in a row that could not be written, and this one."""
+        """Count one volume; return how many in a row, up to this one, could not be written."""
         with self._lock:
             self.generated += is_written
             self._failed_writes = 0 if is_written else self._failed_writes + 1

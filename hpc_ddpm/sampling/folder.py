@@ -31,7 +31,7 @@ SETTINGS = "sampling.json"
 NAMES = frozenset({"sidecar", "failed", "mask", "bids", "packed", "gallery"})
 """Folders of a set, which no modality can be called."""
 PURPOSE = "sample"
-"""Workers of a folder differ in nothing that matters: `sampling.json` sees to it."""
+"""Purpose of all workers; `sampling.json` ensures that they differ in nothing that matters."""
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -44,7 +44,7 @@ class Failure:
     """mask, nan, write or rejected; unreadable where the record of it is."""
     reason: str
     run: str
-    """Start of the command that found it, see `Team`."""
+    """Id of the start of the command that found the failure, see `Team`."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class SampleFolder:
         return self.path / ".sample"
 
     def sidecar(self, item_id: str) -> Path:
-        """The record of a finished volume."""
+        """Path of the record of a finished volume."""
         return self.path / "sidecar" / f"{item_id}.json"
 
     def failure(self, item_id: str) -> Path:
-        """The record of a failed one."""
+        """Path of the record of a failed volume."""
         return self.path / "failed" / f"{item_id}.json"
 
     def done(self) -> set[str]:
@@ -75,7 +75,7 @@ class SampleFolder:
         return _stems(self.path / "failed") - self.done()
 
     def failures(self) -> list[Failure]:
-        """Their records, by id."""
+        """Records of failed volumes, sorted by id."""
         return [failure for item_id in sorted(self.failed()) if (failure := self.read_failure(item_id))]
 
     def read_failure(self, item_id: str) -> Failure | None:
@@ -105,7 +105,7 @@ class SampleFolder:
         return record
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Of all finished volumes, by id."""
+        """Records of all finished volumes, sorted by id."""
         return (self.record(item_id) for item_id in sorted(self.done()))
 
     def made_with(self) -> dict[str, Any]:

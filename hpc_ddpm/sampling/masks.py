@@ -41,7 +41,7 @@ class MaskSource:
 
     id: str
     path: str
-    """Of its file, or of the packed dataset in which `id` is the subject."""
+    """Path of the mask's file, or of the packed dataset in which `id` is the subject."""
     layout: str
     """`packed`, or how the file is coded: see `DataConfig.layout`."""
     covariates: Mapping[str, float | str] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Mask:
 
     @property
     def sha256(self) -> str:
-        """Of the labels, C order."""
+        """SHA-256 of the labels in C order, as hexadecimal digits."""
         return hashlib.sha256(np.ascontiguousarray(self.labels).data).hexdigest()
 
 

@@ -31,7 +31,7 @@ PACKED, ROWS = "packed", "rows"
 
 
 def row_path(out: Path, item_id: str) -> Path:
-    """Of a volume that is in no shard yet."""
+    """Where a generated volume is until a shard holds it."""
     return out / PACKED / ROWS / f"{item_id}.h5"
 
 

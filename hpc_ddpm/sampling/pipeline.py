@@ -22,7 +22,7 @@ from hpc_ddpm.workers.claims import Writer
 
 
 class _StoppedError(Exception):
-    """A signal came while a volume was being made."""
+    """A signal arrived while a volume was being generated."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Pipeline:
     on_volume: Callable[[], None] = lambda: None
 
     def run(self, items: Sequence[Item]) -> int:
-        """Make those of the items that nobody else has begun; returns how many this worker finished or gave up."""
+        """Generate the items that nobody else has begun; return how many this worker finished or gave up."""
         config: Config = self.model.config  # type: ignore[assignment]
         self._source, self._again, self._settled = iter(items), deque[Job](), 0
         self._ahead, self._behind = deque[Future[Job | None]](), deque[Future[Job | None]]()
@@ -104,7 +104,7 @@ class Pipeline:
             self._again.append(again)
 
     def _generate(self, batch: list[Job]) -> list[tuple[Job, np.ndarray, float | None]]:
-        """Each with its seconds, which nobody knows of volumes that were computed together."""
+        """Generated volumes, each with its seconds; None for volumes that were computed together."""
         began = time.perf_counter()
         labels, seeds = np.stack([job.mask.labels for job in batch]), [job.seed for job in batch]
         covariates = [job.item.covariates for job in batch]
@@ -122,7 +122,7 @@ class Pipeline:
             raise _StoppedError
 
     def _finish(self, job: Job, volume: np.ndarray, seconds: float | None) -> Job | None:
-        """In a writer's thread. The lease is kept for another try."""
+        """Finish a volume in a writer's thread; the lease is kept if another try follows."""
         again = None
         try:
             again = self.finisher.finish(job, volume, seconds)
@@ -132,7 +132,7 @@ class Pipeline:
         return again
 
     def _release(self) -> None:
-        """Give back what was begun and will not be made."""
+        """Release the leases of volumes that were begun and will not be generated."""
         for job in self._again:
             job.lease.close()
         for future in self._ahead:

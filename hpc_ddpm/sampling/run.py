@@ -47,7 +47,7 @@ class SampleReport:
     """What one worker did, and how the set stands."""
 
     generated: int
-    """By this worker."""
+    """Volumes that this worker generated."""
     seconds: float
     done: int
     planned: int
@@ -141,7 +141,7 @@ def run_sampling(
 
 @dataclass
 class Worker:
-    """One process at work on a set."""
+    """One process that works on a set."""
 
     model: torch.nn.Module
     folder: SampleFolder
@@ -174,14 +174,14 @@ class Worker:
         self.seconds = time.perf_counter() - started
 
     def _pending(self) -> list[Item]:
-        """In the plan's order, from this worker's place in the team on, round."""
+        """Items in the plan's order, starting at this worker's place in the team and wrapping around."""
         begin = len(self.items) * self.team.index // self.team.size
         finished = self.folder.done() | self._given_up()
         self.on_volume(len([item for item in self.items if item.id in finished]), len(self.items))
         return [item for item in (*self.items[begin:], *self.items[:begin]) if item.id not in finished]
 
     def _given_up(self) -> set[str]:
-        """Failed ones; a retry counts only those that failed in it."""
+        """Ids of failed volumes; a retry counts only failures of its own run."""
         here = set(self.finisher.failed)
         if not self.retry:
             return here | self.folder.failed()
@@ -196,7 +196,7 @@ class Worker:
         return failure is not None and failure.run == self.team.run
 
     def _tell(self) -> None:
-        """Listing a folder of thousands takes time, so not after every volume."""
+        """Report progress, but not after every volume, because listing a folder of thousands takes time."""
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_EVERY_S
             finished = self.folder.done() | self.folder.failed()
@@ -205,7 +205,7 @@ class Worker:
 
 @contextmanager
 def exact_kernels(config: Config, device: torch.device) -> Iterator[None]:
-    """The same arithmetic on every machine of a kind.
+    """Make PyTorch compute the same values on every machine of one kind.
 
     PyTorch chooses another convolution for one thread than for several, so there are two at least.
     """

@@ -26,7 +26,7 @@ class Problem:
     kind: str
     """missing, failed, unreadable, checksum, mismatch or extra."""
     id: str
-    """Of the volume, or the path of an extra file."""
+    """Id of the volume, or path of an extra file."""
     found: str
 
 

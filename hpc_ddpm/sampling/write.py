@@ -58,7 +58,7 @@ def write_outputs(
 
 
 def voxels_sha256(volume: NDArray[np.float32]) -> str:
-    """Of the float32 voxels as generated, C order."""
+    """SHA-256 of the float32 voxels as generated, in C order, as hexadecimal digits."""
     return hashlib.sha256(np.ascontiguousarray(volume).data).hexdigest()
 
 
@@ -137,6 +137,6 @@ def _describe(out: Path, item: Item, role: str, scratch: Path) -> dict[str, str]
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -171,7 +171,7 @@ class Engine:
         return math.nan if norm is None else float(norm)
 
     def close(self) -> None:
-        """Let go of DeepSpeed's hooks and buffers, and of what it keeps of an engine beyond its end."""
+        """Release DeepSpeed's hooks and buffers, and what DeepSpeed would keep after the engine's end."""
         self.deepspeed.destroy()
         if self.training.zero_stage == 3:
             from deepspeed.runtime.zero import parameter_offload
@@ -206,7 +206,7 @@ class Engine:
         )
 
     def _frozen_pieces(self) -> Iterator[Piece]:
-        """Of weights and averages, which are the same; whole on rank 0, or each rank's shard."""
+        """Pieces of frozen weights and their averages, which are equal; whole on rank 0, or each rank's shard."""
         is_sharded = self.training.zero_stage == 3
         for name, parameter in self._frozen.items() if is_sharded or self.ranks.is_main else ():
             part, start = own_part(parameter, self.ranks.rank)
@@ -227,7 +227,7 @@ class Engine:
         return {"master": self.partition.flats, **self.ema.averages, **moments}
 
     def _read(self, reader: PieceReader, facts: dict[str, Any]) -> None:
-        """Take over all but the network's own (possibly half precision) weights, which came with `_fill`."""
+        """Load masters, moments and averages; `_fill` has loaded the network's (possibly half precision) weights."""
         if missing := [name for name in ("optimizer_step", "ema_updates") if name not in facts]:
             raise CheckpointError(f"{reader.folder}: its {MANIFEST} has no {missing[0]}; remove this checkpoint")
         self.partition.reset_state(step=facts["optimizer_step"])
@@ -242,7 +242,7 @@ class Engine:
 
 
 def _start(config: Config, ranks: Ranks) -> Start:
-    """Of a run that may still train, all ranks take the checkpoint that one of them has verified."""
+    """Start from a run that may still train: all ranks take the checkpoint that one of them has verified."""
     newest = agree_on_latest(Path(config.training.init_from) / "checkpoints", ranks)
     return all_or_none(partial(start_from, config, newest))
 

@@ -67,7 +67,7 @@ class Feed:
         return x_start, condition, draw, self._covariates_of(samples)
 
     def _covariates_of(self, samples: Sequence[int]) -> torch.Tensor | None:
-        """(B, V), some of them dropped; None where the network has none."""
+        """Covariates (B, V), some of them dropped; None if the network has none."""
         if not self.config.data.covariates:
             return None
         of_volumes = self._covariates[[dataset_index(self.seed, index, len(self._covariates)) for index in samples]]
@@ -92,5 +92,5 @@ class Feed:
 
 
 def data_seed(seed: int, num_rollbacks: int) -> int:
-    """Of data order, timesteps, noise, crops and augmentation: the run's, and another one after every roll-back."""
+    """Seed for data order, timesteps, noise, crops and augmentation: the run's, and a new one after every roll-back."""
     return mix64(seed, num_rollbacks) if num_rollbacks else seed

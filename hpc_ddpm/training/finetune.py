@@ -179,7 +179,7 @@ def _check_scales(source: Path, old: DataConfig, new: DataConfig) -> None:
 
 
 def _new_embedding(config: Config) -> dict[str, torch.Tensor]:
-    """Of covariates where there was none: as in a new network, so that it adds nothing at first."""
+    """Embedding of covariates for weights that had none; as in a new network, it adds nothing at first."""
     return {name: tensor for name, tensor in initial_tensors(config) if name.startswith(EMBEDDING)}
 
 

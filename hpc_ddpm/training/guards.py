@@ -1,4 +1,4 @@
-"""Against runs that go wrong: steps that are skipped, roll-backs, and a look-out for spikes of the loss.
+"""Guards against failing runs: they count skipped steps, roll back, and warn of spikes in the loss.
 
 A loss that is not finite makes all its gradients NaN (`Engine.backward`), the reduction carries that to every rank,
 and DeepSpeed takes no step where the global gradient norm is not finite. So all ranks skip together, know it without
@@ -28,7 +28,7 @@ SPIKE_SCORE = 10.0
 SPIKE_WINDOW = 200
 SPIKE_MIN_LOSSES = 30
 TO_STANDARD_DEVIATION = 1.4826
-"""Of the median absolute deviation, for normal values."""
+"""Factor from the median absolute deviation to the standard deviation, for normally distributed values."""
 
 
 class Rollbacks(TypedDict):
@@ -55,12 +55,12 @@ class StepGuard:
     def __init__(self, max_bad_steps: int, start: int, *, tell: bool) -> None:
         self.max_bad_steps, self.tell = max_bad_steps, tell
         self.last_good_step = start
-        """Whose gradients were finite: the weights before it were sound."""
+        """Last step with finite gradients; the weights before this step were sound."""
         self.bad_in_a_row = 0
         self._skipped = 0
 
     def saw(self, step: int, *, is_bad: bool) -> None:
-        """Take note of a step.
+        """Record whether a step was taken or skipped.
 
         Raises:
             DivergedError: it is the last of `max_bad_steps` bad ones in a row.
@@ -136,7 +136,7 @@ class SpikeDetector:
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def score(self, loss: float) -> float:
-        """Deviations of this loss from the last ones, then one of them; 0 while there are few, or it is not finite."""
+        """Score this loss against the recent ones, then add it to them; 0 if they are few or the loss is not finite."""
         if not math.isfinite(loss):
             return 0.0
         score = 0.0

@@ -1,4 +1,4 @@
-"""What training looks at besides its own samples: a few volumes of the val split, shared out among the ranks."""
+"""A few volumes of the val split that training evaluates, divided among the ranks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class HeldOutVolume(NamedTuple):
     """One volume on the device of the rank."""
 
     number: int
-    """Among the volumes that are used, the same at any number of ranks."""
+    """Position among the volumes that are used; the same at any number of ranks."""
     is_spare: bool
-    """Another rank has it too; its results are not to be used."""
+    """Whether another rank has this volume too, so that these results must not be used."""
     position: int
-    """In the split."""
+    """Position in the split."""
     image: torch.Tensor
     """(1, C, D, H, W) as stored."""
     mask: torch.Tensor

@@ -40,7 +40,7 @@ from hpc_ddpm.workers.sole import Sole, sole_owner
 
 START_FILE = "start.json"
 STATE = ".train"
-"""Folder in the run that is there while somebody trains."""
+"""Folder in the run directory that exists while a process trains."""
 OnLog = Callable[[int, Mapping[str, float]], None]
 
 
@@ -116,12 +116,12 @@ class Run:
 
     folder: Path
     wanted: Config
-    """As it was asked for."""
+    """The configuration as the user asked for it."""
     ranks: Ranks
     device: torch.device
     stop: StopFlag
     sole: Sole | None
-    """That nobody else trains here; of rank 0."""
+    """Rank 0's proof that no other process trains in this run directory; None on other ranks."""
     on_log: OnLog
 
 

@@ -53,7 +53,7 @@ def settle_memory(
 
 
 def _is_far_below_index_limit(config: Config) -> bool:
-    """Without a trace: the widest level at full resolution, with its skip, twice over."""
+    """Estimate without a trace: twice the widest level at full resolution together with its skip."""
     widest = config.model.base_channels * max(config.model.channel_multipliers)
     voxels = math.prod(config.data.training_shape)
     return config.training.micro_batch * voxels * 4 * widest < MAX_NUMEL

@@ -42,6 +42,7 @@ class Partition:
         stage = engine.zero_optimization_stage()
         self.owned = stage > 0 or engine.global_rank == 0
         self._refresh: Callable[[], None]
+        # DeepSpeed keeps the fp32 masters in another class at each stage and precision. Attributes tell them apart.
         if stage == 3:
             self.flats, found = _stage3(engine.optimizer, names)
             self._refresh = partial(_refresh_stage3, engine.optimizer)
@@ -110,6 +111,11 @@ def own_part(parameter: torch.nn.Parameter, rank: int) -> tuple[torch.Tensor, in
 
 
 def _mapped(groups: list[list[Any]], names: dict[int, str]) -> Iterator[Fragment]:
+    """Fragments at stages 1 and 2, and of the bf16 optimizer.
+
+    DeepSpeed flattens a group of parameters, divides it evenly among the ranks, and so may cut a parameter in two. It
+    links each parameter to its part on this rank by `_hp_mapping`, which is None if this rank owns nothing of it.
+    """
     for index, group in enumerate(groups):
         for param in group:
             mapping = param._hp_mapping
@@ -119,6 +125,8 @@ def _mapped(groups: list[list[Any]], names: dict[int, str]) -> Iterator[Fragment
 
 
 def _stage3(optimizer: Any, names: dict[int, str]) -> tuple[list[torch.Tensor], Iterator[Fragment]]:
+    """Masters and fragments at stage 3, where each parameter by itself is padded and divided evenly among all ranks."""
+
     def fragments() -> Iterator[Fragment]:
         for group in optimizer.fp16_groups:
             for param in group:
@@ -132,6 +140,7 @@ def _stage3(optimizer: Any, names: dict[int, str]) -> tuple[list[torch.Tensor], 
 
 
 def _stage0(engine: Any, names: dict[int, str]) -> tuple[list[torch.Tensor], Iterator[Fragment]]:
+    """Masters and fragments at stage 0: one whole tensor per parameter, the same on every rank."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups"):  # half precision: fp32 copies beside the network's parameters
         pairs = [
@@ -149,7 +158,7 @@ def _stage0(engine: Any, names: dict[int, str]) -> tuple[list[torch.Tensor], Ite
 
 
 def _refresh_stage3(optimizer: Any) -> None:
-    """As at the end of DeepSpeed's step: shards from masters, and whole copies of the small parameters."""
+    """Do what ends DeepSpeed's step: copy masters into shards, and gather the small parameters, which stay whole."""
     optimizer._partition_all_parameters()
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -158,7 +167,7 @@ def _refresh_stage3(optimizer: Any) -> None:
 
 
 def _refresh_stage0(wrapper: Any) -> None:
-    """The network's half precision parameters from their masters; in fp32 they are the same."""
+    """Copy masters into the network's half precision parameters; in fp32 both are the same tensors."""
     if hasattr(wrapper, "fp32_groups"):
         for halves, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for half, master in zip(halves, masters, strict=True):

@@ -152,7 +152,7 @@ def table(num_steps: int, wall_s: float, seconds: dict[str, float], device: str)
 
 
 def _part(event: Any, ranges: dict[int, str | None], part_of_node: dict[int, str | None]) -> str | None:
-    """Of PARTS: by a collective it is in, by the module it is in, or by the module whose gradient it computes."""
+    """The part of PARTS to which an event belongs: its collective, its module, or the module of its gradient."""
     node = None
     above = event
     while above is not None:

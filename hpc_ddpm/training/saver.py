@@ -72,7 +72,7 @@ class Saver:
             self.finish()
 
     def poll(self) -> None:
-        """At a step boundary: bring the running save, if there is one, a phase further where all ranks are ready."""
+        """Advance the running save, if any, by one phase if all ranks are ready; called between two steps."""
         if self._job is not None:
             began = time.perf_counter()
             if self._all_ranks(self._job.done()):
@@ -88,12 +88,12 @@ class Saver:
         self._stall_s += time.perf_counter() - began
 
     def take_stall_s(self) -> float:
-        """Seconds that saving has held training up since the last call."""
+        """Seconds for which saving has delayed training since the last call."""
         stall_s, self._stall_s = self._stall_s, 0.0
         return stall_s
 
     def close(self) -> None:
-        """End the thread; a save that is not finished stays unpublished."""
+        """Stop the thread; an unfinished save stays unpublished."""
         self._thread.shutdown(cancel_futures=True)
 
     def _advance(self) -> None:
@@ -148,7 +148,7 @@ class Saver:
 
 
 def _fresh(folder: Path) -> None:
-    """Not with its parents: a run directory that has gone must not come back as an empty one."""
+    """Make a folder without its parents, so that a run directory that was removed does not return empty."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""A rank that hangs must not hold its job's nodes until the time limit: it says where it stands, and ends."""
+"""Write the stacks of a rank that hangs and end it, so that its job does not hold nodes until the time limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STACKS = "stacks-of-rank-{:05d}.txt"
 TICK_S = 0.5
 STANDARD_ERROR = 2
 GRACE_S = 3.0
-"""Between writing the stacks and the end, which may bring the other ranks down: theirs shall be written too."""
+"""Seconds between writing the stacks and the exit, which may end other ranks: they need time to write theirs."""
 
 
 class Watchdog:
@@ -49,18 +49,18 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, after: str) -> None:
-        """Something is done: a step, a validation, a save."""
+        """Restart the timer after a step, a validation or a save."""
         self._limit_s, self._after, self._idle_s = self.timeout_s, after, 0.0
         self._arm()
 
     def _keep_earlier_stacks(self) -> None:
-        """Of another start, also of ranks that are no more: they say nothing of this one."""
+        """Rename the stacks of earlier starts, of all their ranks: they say nothing about this start."""
         for path in self.path.parent.glob(STACKS.replace("{:05d}", "*")):
             with suppress(OSError):
                 path.replace(path.with_name(f"previous-{path.name}"))
 
     def _arm(self) -> None:
-        """A timer that needs no interpreter's lock, for where `_write_stacks` does not come to its end."""
+        """Set a timer that works without the interpreter's lock, in case `_write_stacks` cannot finish."""
         faulthandler.dump_traceback_later(self._limit_s + GRACE_S / 2, file=STANDARD_ERROR)
 
     def _watch(self) -> None:
