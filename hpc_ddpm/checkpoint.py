@@ -261,7 +261,7 @@ class Piece:
     """`master` (fp32 weights), `exp_avg`, `exp_avg_sq`, or the name of an average."""
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     start: int
     values: torch.Tensor
     """1-D fp32."""

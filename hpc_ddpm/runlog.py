@@ -34,9 +34,9 @@ PACKAGES = (
     "safetensors",
 )
 METRICS, LOST = "metrics.jsonl", "lost.jsonl"
-"""Of a run: a row for every step that counts; rows of steps that were taken again after a loss."""
+"""Files of a run: one row for every step that counts, and the rows of steps that were repeated after a loss."""
 COMMIT_FILE = "COMMIT"
-"""In a copy of this package outside of its checkout: the commit that it was made from."""
+"""File in a copy of this package outside a checkout; it names the commit from which the copy was made."""
 
 
 def package_versions() -> dict[str, str]:
@@ -100,7 +100,7 @@ class RunLog:
         self._show, threading.excepthook = threading.excepthook, self._on_thread_error
 
     def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
-        """Of any other thread: TensorBoard's, which cannot write, is heard of by whoever writes to it next."""
+        """Report errors of threads, except TensorBoard's: its next write raises the error again."""
         if not type(args.thread).__module__.startswith("tensorboard"):
             self._show(args)
 
@@ -139,7 +139,7 @@ def _with_step(row: dict[str, int | float]) -> dict[str, int | float]:
 
 
 Row = Annotated[dict[str, int | float], AfterValidator(_with_step)]
-"""Of metrics.jsonl; NaN where a loss was none. It decides nothing, so it carries no checksum."""
+"""A row of metrics.jsonl; NaN where a loss was none. Nothing is decided by it, so it carries no checksum."""
 
 
 def read_metrics(run_dir: Path, name: str = METRICS) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ BUFFER_TOLERANCE = 1e-5  # relative; between schedules, floats differ by far mor
 
 
 def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
-    """Of names, shapes and float32 values, in the order of the names."""
+    """SHA-256 of the names, shapes and float32 values, sorted by name, as hexadecimal digits."""
     digest = hashlib.sha256()
     for key in sorted(state_dict):
         tensor = state_dict[key].detach().float().cpu().contiguous()
@@ -71,7 +71,7 @@ class Model(nn.Module):
 
     @property
     def sha256(self) -> str:
-        """Of the weights, see `weights_sha256`; ask before the network changes its precision."""
+        """SHA-256 of the weights, see `weights_sha256`; ask before the network changes its precision."""
         return weights_sha256(self.network.state_dict())
 
     def forward(self, x_t: Tensor, condition: Tensor, timesteps: Tensor, *covariates: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ from launch.jobs import record, task_id
 from launch.records import FOLDER, read_events
 
 STOPPED = {128 + 10: "SIGUSR1", 128 + 12: "SIGUSR2", 128 + 15: "SIGTERM"}
-"""Preemption or the time limit; what could be saved was."""
+"""Exit codes after preemption or the time limit, when the run has saved what it could."""
 STACKS = "stacks-of-rank-*.txt"
-"""What `hpc_ddpm.training.watchdog` leaves of a hang."""
+"""Files that `hpc_ddpm.training.watchdog` writes when a rank hangs."""
 ENOUGH = 0.5
-"""Of the time limit: who stops in an orderly way after that with nothing to show will not get further next time."""
+"""Share of the time limit: a job that stops in an orderly way after it, without progress, will not get further."""
 MOST_SAID = 500
-"""Characters of SLURM's answer."""
+"""Most characters of SLURM's answer that a message shows."""
 MISTAKE = (1, 2)
 """A traceback, or a line for the user: the next start would end the same way."""
 
@@ -82,33 +82,33 @@ class End:
     """How one start of a job ended."""
 
     code: int
-    """Of srun: 0, or the highest of its ranks; 143 also where it ended the others because of one."""
+    """Exit code of srun: 0, or the highest code of its ranks; also 143 where srun ended the others because of one."""
     mark: str = ""
-    """How far the run is; any text that changes with progress."""
+    """Progress of the run, as any text that changes when it advances."""
     ranks: tuple[int, ...] = ()
     """Codes of the ranks that ended by themselves."""
     is_hang: bool = False
     share: float = 0.0
-    """Of the time limit that it ran for."""
+    """Share of the time limit for which the job ran."""
 
     @property
     def is_excused(self) -> bool:
-        """Preempted early, however often, a run may not have come to its next mark; in half its time it should have."""
+        """Whether missing progress is excused: a run preempted in its first half may not reach its next mark."""
         return bool(self.agreed_signal) and self.share < ENOUGH
 
     @property
     def record(self) -> dict[str, Any]:
-        """What later ends need to know of it."""
+        """Plain values that later ends need to know about this one."""
         return {"mark": self.mark, "is_excused": self.is_excused, "is_orderly": bool(self.agreed_signal)}
 
     @property
     def agreed_signal(self) -> str:
-        """On which all ranks agreed, and saved; srun may have ended the slower ones by another one afterwards."""
+        """Signal on which all ranks agreed before they saved; srun may have ended slower ranks by another signal."""
         return next((STOPPED[code] for code in self.ranks if code in STOPPED), "")
 
     @property
     def reason(self) -> str:
-        """In a few words."""
+        """The reason of the end, in a few words."""
         if self.agreed_signal:
             return f"stopped by {self.agreed_signal}"
         if self.is_hang:
@@ -147,7 +147,7 @@ def decide(
 
 
 def find_stacks(run_dir: Path) -> dict[str, int]:
-    """What hung ranks left, each with its time stamp; older versions left empty files of killed ranks."""
+    """Stack files of hung ranks, each with its time stamp; older versions left empty files for killed ranks."""
     found = {path.name: path.stat() for path in run_dir.glob(STACKS)}
     return {name: file.st_mtime_ns for name, file in found.items() if file.st_size}
 

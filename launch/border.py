@@ -56,7 +56,7 @@ def as_users_error(error: Exception) -> HpcDdpmError | None:
 
 
 def end(error: HpcDdpmError) -> None:
-    """Say it once, or once per rank where ranks differ; MPI's other ranks end too."""
+    """Print the message once, or once per rank if ranks differ, and end; under MPI the other ranks end too."""
     rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID") or "0"
     if str(error) and (rank == "0" or not error.is_on_all_ranks):
         print(f"hpc-ddpm: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)

@@ -16,7 +16,7 @@ from hpc_ddpm.distributed import LAUNCHED, Ranks, all_gather, broadcast_object, 
 
 POLL_S = 0.1
 LONGEST_MIN = 24 * 60.0
-"""For which those that take no part wait."""
+"""Minutes for which agents without child ranks wait."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Agents:
 
     ranks: Ranks
     environment: dict[str, str]
-    """Of the children."""
+    """Environment variables of the child ranks."""
 
     def most(self, device_count: int) -> int | None:
         """Ranks that can be started, as far as that is known: of a job all, of a machine its GPUs."""

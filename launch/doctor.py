@@ -44,7 +44,7 @@ def _python_says(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """Of a process that failed: why, in most cases."""
+    """The last line that a failed process wrote, which in most cases says why it failed."""
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 

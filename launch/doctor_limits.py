@@ -12,7 +12,7 @@ from launch.finding import Finding
 from launch.profiles import Profile, seconds_of
 
 PIPELINE_JOBS = 4
-"""That `submit pipeline` queues at once."""
+"""Jobs that `submit pipeline` queues at once."""
 ENFORCED = ("limits", "safe", "qos", "all")
 QOS_FIELDS = ("Name", "MaxWall", "MaxTRES", "MaxTRESPU", "GrpTRES", "MaxJobsPU", "MaxSubmitPU")
 ACCOUNT_FIELDS = ("Account", "Partition", "QOS", "DefaultQOS", "MaxWall", "MaxTRES", "GrpTRES", "MaxJobs", "MaxSubmit")
@@ -28,7 +28,7 @@ class Limits:
     resources: tuple[tuple[str, str], ...] = ()
     """Name of the limit, and `cpu=8,gres/gpu=4`."""
     jobs: str = ""
-    """That run at a time, of one user."""
+    """Most jobs of one user that run at a time."""
     queued: str = ""
     """Jobs and array tasks that are queued or run, of one user."""
 
@@ -37,7 +37,7 @@ class Limits:
 
 
 def partition_limits(profile: Profile, name: str) -> Iterator[Finding]:
-    """Of one partition that takes GPU jobs: time, nodes, cores, memory, and who may use it."""
+    """Check the limits of one partition for GPU jobs: time, nodes, cores, memory, and who may use it."""
     text = slurm.ask("scontrol", "show", "partition", "--oneliner", name)
     facts = dict(re.findall(r"(\w+)=(\S*)", text))
     yield from _too_long(profile, f"partition {name}", facts.get("MaxTime", ""))
@@ -83,7 +83,7 @@ def _too_long(profile: Profile, place: str, most: str) -> Iterator[Finding]:
 
 
 def account_limits(profile: Profile, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Of this user's account and of the QOS that jobs of this profile get.
+    """Check the limits of this user's account, and of the QOS that jobs of this profile get.
 
     Raises:
         ClusterError: the accounting does not answer.
@@ -137,7 +137,7 @@ def _of_account(row: Row) -> Limits:
 
 
 def _compare(profile: Profile, limits: Limits) -> Iterator[Finding]:
-    """What is too much, and what will be slower than the profile says."""
+    """Findings where the profile exceeds the limits, or where jobs will be slower than it says."""
     yield from _too_long(profile, limits.place, limits.time)
     gpus = profile.nodes * profile.gpus_per_node
     asked = {"gres/gpu": gpus, "node": profile.nodes, "cpu": gpus * profile.cpus_per_gpu}

@@ -121,7 +121,7 @@ def _start(trial: Trial, profile: Profile) -> None:
 
 
 def _watch(trials: Sequence[Trial]) -> None:
-    """Until all have ended; those that wait for a signal get it once they train."""
+    """Wait until all trials have ended; send their signals to those that have begun to train."""
     while True:
         try:
             jobs = [look(read_submissions(trial.run)[-1:])[0] for trial in trials]

@@ -46,19 +46,19 @@ class Request:
     stage: str
     """train, sample, bench, pack or report."""
     arguments: tuple[str, ...]
-    """Of `hpc-ddpm`."""
+    """Arguments of `hpc-ddpm`."""
     run_dir: Path
     profile: Profile
     num_tasks: int = 0
-    """Of the array; 0 is a plain job."""
+    """Tasks of the array; 0 is a plain job."""
     nodes: int = 1
-    """Of the job, or of each task."""
+    """Nodes of the job, or of each task."""
     ranks_per_node: int = 1
     """One per GPU, or with `gpus_per_rank` of them."""
     dependency: str = ""
-    """As `sbatch` takes it."""
+    """Dependency in the form that `sbatch` takes."""
     gpus_per_rank: int = 1
-    """More where the stage starts ranks of its own."""
+    """GPUs for each rank; above 1 if the stage starts child ranks."""
 
     @property
     def needs_gpus(self) -> bool:
@@ -76,7 +76,7 @@ class Request:
 
     @property
     def gpus_per_node(self) -> int:
-        """Of a stage that needs any."""
+        """GPUs on each node, for a stage that needs GPUs."""
         return self.ranks_per_node * self.gpus_per_rank
 
     @property
@@ -95,7 +95,7 @@ class Request:
 
 
 def again(submission: Submission, num_tasks: int) -> Request:
-    """The same words and resources, as so many array tasks.
+    """The same arguments and resources, with this number of array tasks.
 
     Raises:
         ClusterError: an older version submitted it with what is refused now.
@@ -171,7 +171,7 @@ def refuse_if_busy(run_dir: Path) -> None:
 
 
 def _submit(request: Request, umask: int) -> Submission:
-    """Leaves nothing behind where SLURM refuses."""
+    """Submit the job; if SLURM refuses it, leave no files behind."""
     folder = request.run_dir.resolve() / FOLDER
     code = take_snapshot(folder)
     before = set(folder.iterdir())
@@ -210,7 +210,7 @@ def _submit(request: Request, umask: int) -> Submission:
 
 
 class _Executor(submitit.SlurmExecutor):
-    """Can be made where there is no SLURM, to show the batch script."""
+    """An executor that also works without SLURM, to show the batch script."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -248,7 +248,7 @@ def _submit_slurm(request: Request, code: Path, job: StageJob) -> str:
 
 @contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Without what an allocation or a shell says of ranks here: sbatch hands it on, and the job's ranks would obey."""
+    """Hide variables about ranks from sbatch, which would pass them on to the ranks of the job."""
     of_ranks = {key for key in os.environ if key.startswith(OF_RANKS)} | {*RANK_VARIABLES, *LAUNCHERS} & set(os.environ)
     inherited = {key: os.environ[key] for key in of_ranks - set(OF_THE_CLUSTER)}
     for key in inherited:
@@ -300,7 +300,7 @@ def _build(request: Request, code: Path) -> _Executor:
 
 
 def _resources(request: Request) -> dict[str, Any]:
-    """Of one job or array task, in submitit's names; what is empty in the profile is not asked for."""
+    """What one job or array task asks for, in submitit's names; empty settings of the profile are left out."""
     profile, gpus = request.profile, request.needs_gpus
     partition = profile.partition if gpus else profile.cpu_partition or profile.partition
     share = request.gpus_per_rank if gpus else profile.gpus_per_node

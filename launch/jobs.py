@@ -29,10 +29,10 @@ class StageJob:
     run_dir: str
     cwd: str
     umask: int | None = None
-    """Of the command that submitted it; the job inherits a narrower one."""
+    """File mode mask of the command that submitted the job; the job itself inherits a narrower one."""
 
     def __call__(self) -> None:
-        """As one rank.
+        """Run the command as one rank.
 
         Submitit's handlers would checkpoint on rank 0 alone and swallow SIGTERM. Instead a signal ends the process,
         except where a stage waits for it (`StopFlag`); `launch.after_job` then decides whether the job comes back.
@@ -88,7 +88,7 @@ def run_command(arguments: tuple[str, ...]) -> int:
 
 
 def task_id() -> str:
-    """Of the job or array task that this process belongs to."""
+    """Id of the job or array task to which this process belongs."""
     env = os.environ
     if "SUBMITIT_LOCAL_JOB_ID" in env:
         return env["SUBMITIT_LOCAL_JOB_ID"]

@@ -46,7 +46,7 @@ def time_ledger(
 
 
 def _spans(submitted: float, events: Iterable[Mapping[str, Any]], until: float | None) -> Iterator[tuple[str, float]]:
-    """Of one task, one after the other: what it did and for how long; until now, where it has not ended."""
+    """What one task did and for how many seconds, in order; the last span lasts until now if the task still runs."""
     since, runs = submitted, False
     for event in events:
         if event["event"] == "requeue":

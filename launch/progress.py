@@ -1,4 +1,4 @@
-"""Progress of long phases, told by rank 0 alone: a bar in a terminal, plain lines in a log."""
+"""Progress of long phases, which only rank 0 shows: a bar in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 Update = Callable[[int, int, str], None]
 """(done, total, note)"""
 LINE_EVERY_S = 30.0
-"""In a log, which grows with every line."""
+"""Seconds between two lines in a log."""
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def _bar(title: str) -> Iterator[Update]:
 
 
 class _Lines:
-    """One at the first news, one about every LINE_EVERY_S while there is news, one at the end."""
+    """Prints a line at the first update, then about every LINE_EVERY_S while updates come, and at the end."""
 
     def __init__(self, title: str, unit: str) -> None:
         self.title, self.unit, self.note = title, unit, ""
@@ -108,12 +108,12 @@ class _Lines:
 
 
 def format_duration(seconds: float) -> str:
-    """As SLURM does: hours:minutes:seconds."""
+    """The duration as SLURM writes it: hours:minutes:seconds."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 def tell_steps(update: Update, total: int) -> Callable[[int, Mapping[str, float]], None]:
-    """Of a training that calls it with every step: steps so far, and loss and speed where these were measured."""
+    """A function for training to call after every step; it shows the steps so far, and loss and speed if measured."""
 
     def tell(step: int, values: Mapping[str, float]) -> None:
         if "volumes_per_s" in values:

@@ -1,4 +1,4 @@
-"""What is known of submitted jobs, in the run directory: so that any login node, later, finds it.
+"""Records of submitted jobs in the run directory, where any login node can find them later.
 
 RUN/jobs/ID.json            one submission (a job or an array)
 RUN/jobs/TASK.events.jsonl  starts and ends of one job or array task
@@ -25,11 +25,11 @@ from hpc_ddpm.workers.sole import sole_owner
 
 FOLDER = "jobs"
 GPU_STAGES = ("train", "sample", "bench")
-"""Packing and pictures are work for the cores of a whole node."""
+"""Stages that need GPUs; packing and reports use the cores of a whole node."""
 MAX_TASKS = 4_000_001
-"""Of an array, the most that SLURM can be set to."""
+"""Most tasks of one array that SLURM can be set to allow."""
 JobId = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,18}$")]
-"""It becomes the word of a command, and a part of paths."""
+"""Id of a job; the pattern is strict because ids become arguments of commands and parts of paths."""
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -74,15 +74,15 @@ class Submission:
     stage: str
     """train, sample, bench, pack or report."""
     arguments: list[str]
-    """Of `hpc-ddpm`."""
+    """Arguments of `hpc-ddpm`."""
     run_dir: str
     cwd: str
     profile: Annotated[dict[str, Any], AfterValidator(_with_executor)]
     """All values."""
     num_tasks: Annotated[int, Field(ge=0, le=MAX_TASKS)]
-    """Of the array; 0 is a plain job."""
+    """Tasks of the array; 0 is a plain job."""
     nodes: Count
-    """Of the job, or of each task."""
+    """Nodes of the job, or of each task."""
     ranks_per_node: Count
     submitted: Finite
     """Seconds since the epoch."""
@@ -97,7 +97,7 @@ class Submission:
 
     @property
     def folder(self) -> Path:
-        """Where its files are."""
+        """Folder of the submission's files."""
         return Path(self.run_dir) / FOLDER
 
     def events(self, task_id: str) -> list[dict[str, Any]]:
@@ -105,16 +105,16 @@ class Submission:
         return read_events(Path(self.run_dir), task_id)
 
     def log(self, task_id: str, rank: int = 0) -> Path:
-        """What a rank of a task printed."""
+        """Path of the log of one rank of a task."""
         return self.folder / f"{task_id}_{rank}_log.out"
 
     def write(self) -> None:
-        """Into the run directory."""
+        """Write the record into the run directory."""
         write_json(self.folder / f"{self.job_id}.json", asdict(self), indent=2)
 
 
 def read_submissions(run_dir: Path, *, skip_foreign: bool = False) -> list[Submission]:
-    """Of one run, oldest first; paths follow a run directory that was moved.
+    """Submissions of one run, oldest first; paths follow a run directory that was moved.
 
     Raises:
         ClusterError: a file there is no record of a job; or it is left out.
@@ -147,7 +147,7 @@ def add_event(run_dir: Path, task_id: str, event: dict[str, Any], kind: str = "e
 
 
 def read_events(run_dir: Path, task_id: str, kind: str = "events") -> list[dict[str, Any]]:
-    """Of one job or array task, oldest first; torn and damaged lines are left out."""
+    """Events of one job or array task, oldest first; torn and damaged lines are left out."""
     return cast("list[dict[str, Any]]", read_log(run_dir / FOLDER / f"{task_id}.{kind}.jsonl", EVENT, ClusterError))
 
 

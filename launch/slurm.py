@@ -14,7 +14,7 @@ ENDED = {
     *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED"),
     *("NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED", "RECONFIG_FAIL", "REVOKED", "UNKNOWN"),
 }
-"""Every other state may still become running: also held ones, and those that SLURM may yet invent."""
+"""Final states. Every other state may still become running: held ones, and those of future SLURM versions."""
 ELSEWHERE = "ELSEWHERE"
 """Only another machine can tell: ranks that were started there, or a job of a cluster that is not here."""
 TIMEOUT_S = 60
@@ -30,7 +30,7 @@ class TaskState:
     elapsed: str = ""
     nodes: str = ""
     reason: str = ""
-    """Why one that is queued or held does not run."""
+    """Why a queued or held job does not run."""
 
     @property
     def is_live(self) -> bool:

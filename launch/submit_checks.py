@@ -53,7 +53,7 @@ def check_training(given: Given, world_size: int, *, with_memory: bool) -> float
 
 
 def check_sampling(given: Given) -> None:
-    """Of `sample run`.
+    """Check what `sample run` needs, before it is submitted.
 
     Raises:
         ConfigError: wrong settings, or no such run, masks or packed data.
@@ -94,7 +94,7 @@ def check_segmenter(config: Config, settings: Sequence[str], source: Path) -> No
 
 
 def check_benchmark(name: str, given: Given, world_size: int) -> None:
-    """Of `bench NAME`.
+    """Check what `bench NAME` needs, before it is submitted.
 
     Raises:
         ConfigError: wrong settings, a batch that cannot be divided, or no such data.

@@ -20,11 +20,11 @@ REST = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 NO_JOBS = ("compare", "report", "scaling")
-"""Of `hpc-ddpm bench`: two that only read, and one that submits itself with --cluster."""
+"""Commands of `hpc-ddpm bench` that are no jobs: two only read, and `scaling` submits itself with --cluster."""
 
 
 ON_ALL_RANKS = ("train", "sample", "comm")
-"""Of the others each is one process, which starts ranks on its node if it needs them."""
+"""Benchmarks that run on all ranks. Each of the others is one process, which starts ranks on its node if needed."""
 
 
 class Stage(StrEnum):

@@ -35,7 +35,7 @@ class Trial:
 
 
 def run_trial(trial: Trial, path: Path, device: str) -> dict[str, Any]:
-    """Its report, also written to `path`; or `error`, in a few words.
+    """Run a trial; return its report, which is also written to `path`, or `error` in a few words.
 
     Args:
         trial: to run.

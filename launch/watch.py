@@ -1,4 +1,4 @@
-"""How submitted jobs stand: squeue first, sacct second, what the jobs themselves wrote last."""
+"""State of submitted jobs: from squeue, else from sacct, else from the jobs' own records."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class JobState:
 
     @property
     def unfinished(self) -> list[str]:
-        """Ids of tasks that ended in another way than well."""
+        """Ids of tasks that ended without success."""
         over = {task: state.state for task, state in self.tasks.items() if not state.is_live}
         return [task for task, state in over.items() if state not in (DONE, ELSEWHERE)]
 
     def check_is_seen(self) -> None:
-        """Refuse to judge what only another machine can see.
+        """Raise an error if only another machine can see the state of the job.
 
         Raises:
             ClusterError: the job was started there, and has not recorded its end.
@@ -67,7 +67,7 @@ class JobState:
 
     @property
     def restarts(self) -> int:
-        """Over all tasks; a start that was not recorded is known by the next one."""
+        """Restarts of all tasks; the next start also counts one that was not recorded."""
         counts = ([event.get("restarts", 0) for event in self.submission.events(task)] for task in self.tasks)
         return sum(max(found, default=0) for found in counts)
 
@@ -104,7 +104,7 @@ def live_job(run_dir: Path) -> str | None:
 
 
 def _from_records(submission: Submission, task: str, forgotten: str) -> TaskState:
-    """Of local ranks, and of what SLURM has forgotten: at once, where an array's task is cancelled before its start."""
+    """State by the run's own records, for local ranks and jobs that SLURM has forgotten."""
     is_local = submission.profile["executor"] == "local"
     if is_local and _is_controller_alive(submission):
         return TaskState("RUNNING", format_duration(time.time() - submission.submitted), submission.host)
@@ -125,7 +125,7 @@ def _from_records(submission: Submission, task: str, forgotten: str) -> TaskStat
 
 
 def has_ended(events: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether nothing of a task comes any more, by its events: neither did it ask to come back, nor was it requeued."""
+    """Whether a task has ended for good, by its events: it neither asked for a requeue nor was requeued."""
     if not events or events[-1]["event"] == "start":
         return False
     return not (events[-1].get("requeued") or events[-1].get("comes_back"))
@@ -159,7 +159,7 @@ class Lengths(TypedDict):
 
 
 class Stored(TypedDict):
-    """What its config.json says of that."""
+    """The part of config.json that tells how long a training is."""
 
     training: Lengths
 
@@ -227,7 +227,7 @@ def _sampling_progress(run: Path, is_running: bool) -> dict[str, Any]:
 
 
 def cancel(job: JobState) -> None:
-    """End it for good: SLURM's tasks, or the ranks of this machine, which save first."""
+    """End a job for good: its SLURM tasks, or the ranks on this machine, which save first."""
     if job.submission.profile["executor"] == "slurm":
         slurm.ask("scancel", job.submission.job_id)
     else:

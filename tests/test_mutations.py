@@ -23,7 +23,7 @@ from launch.profiles import load_profile
 TRIES = int(os.environ.get("HPC_DDPM_MUTATIONS", "100"))
 SEED = int(os.environ.get("HPC_DDPM_MUTATION_SEED", "0"))
 LONGEST_S, MOST_MIB = 20.0, 512
-"""Of the processor for one input, and of memory for all; honest ones take milliseconds, and a bomb has no end."""
+"""Processor time in seconds for one input, and memory in MiB for all; honest inputs take milliseconds."""
 
 PIECES = [
     *(

@@ -23,7 +23,7 @@ SMALLEST = 1024
 """Bytes; what comes above grows by the factor STEP until the whole gradient."""
 STEP = 8
 LEAST_CALLS, BUDGET_S = 5, 0.4
-"""Of each collective and size."""
+"""Fewest calls of each collective at each size, and the seconds that these calls may take together."""
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather")
 
 
@@ -32,9 +32,9 @@ class Ring:
     """Time of collectives as rings of point-to-point messages have it."""
 
     latency_s: float
-    """Of one message."""
+    """Time that one message takes beside its bytes."""
     bytes_per_s: float
-    """Of one link; infinite where size made no difference."""
+    """Speed of one link; infinite where the size of messages made no difference."""
 
     def seconds(self, operation: str, num_bytes: float, ranks: int) -> float:
         """One collective over `num_bytes`: of the tensor that a rank has before a reduction or after a gather."""
@@ -59,7 +59,7 @@ def fit_ring(rows: Iterable[Mapping[str, Any]]) -> Ring:
 
 
 def gradient_bytes(config: Config) -> int:
-    """Of all parameters in fp32, in which gradients are reduced."""
+    """Bytes of the gradients of all parameters, which are reduced in fp32."""
     with torch.device("meta"):
         return FP32 * sum(parameter.numel() for parameter in build_unet(config).parameters())
 

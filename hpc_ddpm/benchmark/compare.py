@@ -51,7 +51,7 @@ class Comparison:
         return self.is_significant and self.ratio > 1 + limit
 
     def sentence(self) -> str:
-        """What may be said."""
+        """The result of the comparison in one sentence, no stronger than the test allows."""
         change = f"B takes {self.ratio:.3f} times A's time (95 % interval {self.low:.3f} to {self.high:.3f}"
         head = f"{self.what}: {change}, p = {self.p_value:.3g})"
         if not self.enough:

@@ -97,7 +97,7 @@ class DdpEngine(Engine):
         """Nothing is held."""
 
     def facts(self) -> dict[str, Any]:
-        """Of a checkpoint without tensors."""
+        """Facts for a checkpoint; there are none, because it holds no tensors."""
         return {}
 
     def pieces(self) -> list[Piece]:

@@ -29,7 +29,7 @@ class Operation:
 
 
 def list_operations(config: Config, dtype: torch.dtype, *, backward: bool) -> list[Operation]:
-    """Of one volume, as PyTorch dispatches them for a GPU; nothing is recomputed."""
+    """The operations of one volume, as PyTorch dispatches them for a GPU; nothing is recomputed."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

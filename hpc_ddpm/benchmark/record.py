@@ -38,7 +38,7 @@ class Environment(TypedDict):
     gpu: dict[str, Any] | None
     """Name, driver, CUDA, cuDNN, NCCL, clocks, power cap; None where no GPU was used."""
     conv_kernels: NotRequired[list[str]]
-    """Of `bench train` and `sample`: where a convolution spends its time, longest first; on a CPU, operations."""
+    """Kernels in which a convolution spends its time, longest first (`bench train`, `sample`); operations on a CPU."""
 
 
 class Kind(TypedDict):

@@ -46,7 +46,7 @@ class PlainStep:
         return loss.detach()
 
     def loss(self) -> Tensor:
-        """Of the next samples."""
+        """The loss of the next samples."""
         config, (x_start, condition) = self.config, self.batch
         first = next(self._count) * len(x_start)
         samples = range(first, first + len(x_start))
@@ -67,7 +67,7 @@ class MasterAdam:
         settings = {"lr": training.learning_rate, "betas": training.betas, "weight_decay": training.weight_decay}
         self.adam = kind(self.masters, fused=True, **settings)  # type: ignore[arg-type]
         self.norm = torch.tensor(torch.nan)
-        """Of the last step's gradients, where they are clipped."""
+        """Norm of the gradients in the last step; NaN where they are not clipped."""
 
     def step(self) -> None:
         """One step with the weights' gradients, which stay."""

@@ -12,7 +12,7 @@ from hpc_ddpm.benchmark.scaling.curve import curve_table, parts_table, sentences
 
 
 def report_tables(report: Mapping[str, Any]) -> str:
-    """Of `bench train`, `sample`, `data`, `comm` or `scaling`."""
+    """The tables of a report of `bench train`, `sample`, `data`, `comm` or `scaling`, as text."""
     rows, settings = report["rows"], report["settings"]
     if report["benchmark"] == "data":
         titled = ((f"{title}:", *tables) for title, tables in stage_tables(rows).items())
@@ -62,7 +62,7 @@ def _ring(settings: Mapping[str, Any]) -> str:
 
 
 def _errors(points: list[dict[str, Any]]) -> str:
-    """Of the model on the measured points."""
+    """One sentence about the errors of the model on the measured points."""
     errors = [row["prediction_error"] for row in points if "prediction_error" in row]
     held_out = [row["held_out_error"] for row in points if "held_out_error" in row]
     if not errors:

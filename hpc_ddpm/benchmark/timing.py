@@ -32,7 +32,7 @@ class Timing:
 
     wall_s: float
     cpu_s: float
-    """Of all threads of this process."""
+    """Processor time of all threads of this process."""
 
 
 def timed(function: Callable[[], object]) -> Timing:

@@ -34,7 +34,7 @@ def children(section: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def all_keys() -> tuple[str, ...]:
-    """Of all settings."""
+    """Dotted keys of all settings."""
     return tuple(key for section in sections() for key in children(section) if key not in sections())
 
 

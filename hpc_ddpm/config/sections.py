@@ -111,7 +111,7 @@ class HookConfig(Section):
 
 
 READING_SETTINGS = frozenset({"path", "num_workers", "patch_size", "cache", "stage_dir", "group"})
-"""Of DataConfig: how a packed dataset is read and divided. All others decide what is packed."""
+"""Settings of DataConfig that say how a packed dataset is read and divided. All others decide what is packed."""
 
 
 class DataConfig(Section):

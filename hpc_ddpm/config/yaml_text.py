@@ -13,7 +13,7 @@ from hpc_ddpm.sealed import UnreadableError, unseal
 from hpc_ddpm.text import show
 
 MAX_BYTES = 2**16
-"""Of a text. Presets have 1 to 2 KiB; PyYAML takes a second for this much."""
+"""Most bytes of a text. Presets have 1 to 2 KiB; PyYAML takes a second for this much."""
 MAX_EXPANDED = 2**16
 """Characters and values, after `*aliases` are filled in."""
 MAX_DEPTH = 20

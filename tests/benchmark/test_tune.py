@@ -34,7 +34,7 @@ def space() -> Space:
 
 
 def seconds(candidate: Candidate) -> float:
-    """Of a volume: the layout pays only when compiled, recomputing costs, ZeRO and few readers cost less in batches."""
+    """Seconds per volume. The layout helps only with compile; recompute costs time; batches make ZeRO cheaper."""
     step = 1.0 + 0.08 * POLICIES.index(candidate.activation_checkpointing)
     step *= {(False, False): 1.0, (True, False): 1.04, (False, True): 0.9, (True, True): 0.75}[
         candidate.channels_last, candidate.compile

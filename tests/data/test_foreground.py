@@ -42,7 +42,7 @@ def with_noise(image: np.ndarray) -> np.ndarray:
 
 
 def as_z_scores(image: np.ndarray) -> np.ndarray:
-    """Of the brain alone; the background stays 0, in the middle of the values."""
+    """Z-scores by the brain alone; the background stays 0, in the middle of the values."""
     inside = image > 0
     return np.where(inside, (image - image[inside].mean()) / image[inside].std(), 0).astype(np.float32)
 

@@ -25,7 +25,7 @@ from tests.integrity.products import FoundError, Product, build, changed
 TRIES = int(os.environ.get("HPC_DDPM_MUTATIONS", "40"))
 SEED = int(os.environ.get("HPC_DDPM_MUTATION_SEED", "0"))
 LONGEST_S = 20.0
-"""Of the processor, for one input; honest ones take milliseconds."""
+"""Processor time in seconds for one input; an honest input takes milliseconds."""
 STRANGE: list[Any] = [
     *(None, True, -1, 0, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "x", "../../OUTSIDE", "/tmp/x"),
     *("a\nb", "\udc80", "x" * 5000, [], [[]], {}, {"": None}, ["x"], [None] * 100, {"a": {"a": {"a": []}}}),
@@ -34,7 +34,7 @@ TEXTS = [b"", b"\xff", b"[" * 200_000, b'{"a":' * 100_000, b"null", b"[]", b'"x"
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Of everything inside of a JSON value."""
+    """Paths to everything inside a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(place for key, part in inner for place in places(part, (*path, key)))]
 

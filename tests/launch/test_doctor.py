@@ -108,7 +108,7 @@ SAID = {
     "show assoc": "lab||normal,big|normal|||||\n",
     "show qos": "normal|12:00:00||gres/gpu=8||2|3\nbig||||||\npart||gres/gpu:a100=6||||\n",
 }
-"""Of SLURM 22.05 and 24.05, shortened."""
+"""Answers of SLURM 22.05 and 24.05, shortened."""
 
 
 @pytest.mark.parametrize(

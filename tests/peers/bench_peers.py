@@ -143,7 +143,7 @@ def peak_mib(device: torch.device) -> float:
 
 
 def figures(name: str, loop: str, turns: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Of one contestant: seconds per step, or per evaluation and volume."""
+    """Figures of one contestant: seconds per step, or per evaluation and volume."""
     evaluations = 1 if loop == "training" else EVALUATIONS.get(name, TIMESTEPS)
     wall = [turn["wall_s"] for turn in turns]
     return {

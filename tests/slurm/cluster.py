@@ -94,14 +94,14 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
     def _processes(self, variables: Mapping[str, str]) -> Iterator[Path]:
-        """Of this cluster's jobs, with these variables."""
+        """Processes of this cluster's jobs that have these environment variables."""
         wanted = {"SLURM_CONF": self.env["SLURM_CONF"], **variables}
         for process in Path("/proc").glob("[0-9]*"):
             if wanted.items() <= _environment(process).items():
                 yield process
 
     def states(self, job_id: str) -> list[str]:
-        """Of the job, or of every task of an array."""
+        """States of the job, or of every task of an array."""
         return self.run("squeue", "--noheader", "--array", "--states=all", "--format=%T", "--jobs", job_id).split()
 
     def wait(self, job_id: str, cwd: Path, state: str = "COMPLETED", timeout_s: float = 240) -> None:

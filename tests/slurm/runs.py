@@ -15,7 +15,7 @@ ROUNDING = 1e-5
 
 
 def losses(run: Path) -> list[float]:
-    """Of every step, in order."""
+    """Losses of every step, in order."""
     return [row["loss"] for row in read_metrics(run)]
 
 

@@ -21,7 +21,7 @@ from tests.conftest import Stranger
 
 Strangers = Callable[..., Stranger]
 TRIES = int(os.environ.get("HPC_DDPM_SOLE_TRIES", "40"))
-"""Of each of four processes."""
+"""Tries of each of four processes."""
 
 
 def refuse(holder: str) -> str:
@@ -35,7 +35,7 @@ def state(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def holder(state: Path, stranger: Strangers) -> Stranger:
-    """Of another machine."""
+    """A process of another machine that holds the folder."""
     other = stranger(state)
     other.link.rename(other.link.with_name(UNIT))
     return other

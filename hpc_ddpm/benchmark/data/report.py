@@ -59,7 +59,7 @@ def _what(settings: dict[str, Any]) -> str:
 
 
 def _alone(rows: Rows) -> str:
-    """Of each state of the cache, without a loader."""
+    """The table of reading times without a loader, for each state of the page cache."""
     lines = []
     for name, by in _by_contestant(row for row in rows if row["workers"] is None).items():
         written, cold, warm = (by[cache, None] for cache in CACHES)

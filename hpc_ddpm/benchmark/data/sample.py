@@ -45,7 +45,7 @@ class Sample:
 
     @property
     def num_bytes(self) -> int:
-        """Of the voxels as stored, decoded."""
+        """Size of the decoded voxels, in the dtype in which they are stored."""
         return self.image.nbytes + self.mask.nbytes
 
 

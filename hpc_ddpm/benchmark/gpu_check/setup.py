@@ -59,7 +59,7 @@ class Setup:
 
     @cache  # noqa: B019 - one setup per process
     def planner(self, preset: str, precision: str, *overrides: str) -> Planner:
-        """Of the preset on this device; every policy is traced once."""
+        """The planner for this preset on this device; it traces every policy once."""
         return Planner(self.preset(preset, *overrides), 1, precision, self.device.type)
 
     def small(self, name: str, *overrides: str) -> Config:

@@ -132,7 +132,7 @@ def _parts_s(found: Sequence[Row], seconds: float, wait_share: float, stall_s: f
 
 
 def _ratio(above: Row, below: Row) -> Spread:
-    """Of times, turn by turn where both took turns in the same race, else round by round."""
+    """Ratio of times: turn by turn where both rows took turns in the same race, else round by round."""
     pairs = zip(above["round_s"], below["round_s"], strict=True)
     if above["gpus"] == below["gpus"]:
         turns = [[second for turns in row["turns_s"] for second in turns] for row in (above, below)]

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def collectives_s(contestant: str, config: Config, precision: str, ring: Ring, gpus: int) -> float:
-    """Of one optimizer step, one after the other; the configuration is that of this number of GPUs."""
+    """Seconds of all collectives of one optimizer step, one after the other; `config` is that for `gpus` GPUs."""
     gradients = gradient_bytes(config)
     weights = gradients if precision == "fp32" else gradients // 2
     micro_steps = config.training.accumulation(gpus)

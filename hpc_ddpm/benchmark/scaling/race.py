@@ -158,7 +158,7 @@ def _read_s(config: Config, dataset: VolumeDataset) -> float:
 
 
 def _shares(runner: Runner) -> dict[str, float]:
-    """Of a profiled step on rank 0, by part; empty on the other ranks."""
+    """Share of each part in the time of a profiled step, on rank 0; empty on the other ranks."""
     with tempfile.TemporaryDirectory() as folder:
         steps = (1, PROFILED) if runner.ranks.is_main else None
         profiler = Profiler(steps, Path(folder), runner.engine.deepspeed.module, runner.device)
