@@ -152,7 +152,7 @@ def _mutant(chance: random.Random, originals: Sequence[str]) -> str:
 
 def refusals(take: Callable[[str], object], texts: Sequence[str]) -> int:
     """How many were refused, each as it should be."""
-    refused = 0
+    refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for text in texts:
         began = time.process_time()
         try:
@@ -166,11 +166,8 @@ def refusals(take: Callable[[str], object], texts: Sequence[str]) -> int:
             print(f"the input was {text!r}")
             raise
         assert time.process_time() - began < LONGEST_S, repr(text)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < _before + MOST_MIB * 1024
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + MOST_MIB * 1024
     return refused
-
-
-_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def take_override(text: str) -> None:

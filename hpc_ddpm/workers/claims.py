@@ -91,13 +91,20 @@ class Writer:
                 if entry.is_file():
                     entry.unlink()
                 elif entry not in (claims, self.scratch.parent):  # which one who joins now may have made again
-                    shutil.rmtree(entry, ignore_errors=True)
+                    self._remove(entry)
             for link in claims.iterdir() if claims.is_dir() else ():
                 if (name := self.claimant(link.name)) and self.look(name) is None:
                     link.unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 claims.rmdir()
             self.state.rmdir()
+
+    def _remove(self, entry: Path) -> None:
+        """Remove a folder that may be of one who joins at this moment: either its files go with it, or none."""
+        away = self.state / f".{self.name}-{secrets.token_hex(4)}"
+        with suppress(FileNotFoundError):  # the other has renamed it first, and has joined
+            entry.rename(away)
+            shutil.rmtree(away, ignore_errors=True)
 
     @contextmanager
     def claim(self, unit: str) -> Iterator[bool]:

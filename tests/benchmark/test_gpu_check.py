@@ -22,6 +22,7 @@ from hpc_ddpm.benchmark.step import PlainStep
 from hpc_ddpm.config import load_config
 from hpc_ddpm.errors import ConfigError
 from hpc_ddpm.model.gpus import peak_flops
+from hpc_ddpm.sealed import seal
 from tests.conftest import TINY
 
 SETUP = Setup(torch.device("cpu"), is_full=False)
@@ -66,7 +67,8 @@ def test_what_a_part_found_before_it_failed_is_kept(tmp_path: Path) -> None:
 
 def test_a_part_that_hangs_or_crashes_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "part.json"
-    write = f'import time, os; open({str(path)!r}, \'w\').write(\'{{"status": "unfinished", "rows": [1]}}\'); '
+    part = seal('{"status": "unfinished", "rows": [1]}')
+    write = f"import time, os; open({str(path)!r}, 'w').write({part!r}); "
     began = time.monotonic()
     hung = run_limited([sys.executable, "-c", f"{write}time.sleep(60)"], path, 1.0)
     assert time.monotonic() - began < 30

@@ -19,6 +19,7 @@ from hpc_ddpm.data.shards import INDEX, open_packed, read_index
 from hpc_ddpm.data.split import split_subjects
 from hpc_ddpm.data.verify import verify
 from hpc_ddpm.errors import ConfigError, DataFormatError
+from hpc_ddpm.sealed import KEY, seal
 
 Tiny = Callable[..., DataConfig]
 LONGITUDINAL = tuple(f"BraTS-GLI-{patient:05d}-{visit}" for patient in range(10) for visit in (100, 101))
@@ -98,13 +99,18 @@ def test_time_points_are_not_torn_and_who_has_one_stays_where_it_was(
     assert split_subjects(single, 0.2) == split_subjects(alone, 0.2)
 
 
+def write_sealed(path: Path, content: dict) -> None:
+    """Write what a program of another version might have written, with the checksum that fits to it."""
+    path.write_text(seal(json.dumps({name: value for name, value in content.items() if name != KEY})))
+
+
 def test_verify_finds_what_leaks_and_split_mends_it(longitudinal: Path, tmp_path: Path, tiny: Tiny) -> None:
     packed = tmp_path / "packed"
     pack(longitudinal, packed, tiny(val_fraction=0.4, group="subject"))
     assert verify(packed) == [], "asked for"
     content = json.loads((packed / INDEX).read_text())
     del content["data"]["group"]  # as packed by a version that knew no patients
-    (packed / INDEX).write_text(json.dumps(content))
+    write_sealed(packed / INDEX, content)
     findings = verify(packed)
     assert {finding.kind for finding in findings} == {"leaking-patient"}
     assert {finding.subjects for finding in findings} == {
@@ -221,8 +227,8 @@ def test_a_damaged_entry_of_patients(eight: Path, tmp_path: Path, tiny: Tiny) ->
     pack(write_table(eight, "patient", ["x", "x", *"cdefgh"]), packed, tiny())
     content = json.loads((packed / INDEX).read_text())
     content["shards"][0]["patients"] = {"99": "a"}
-    (packed / INDEX).write_text(json.dumps(content))
+    write_sealed(packed / INDEX, content)
     assert [finding.kind for finding in verify(packed)] == ["index-mismatch"]
     content["shards"][0]["patients"] = ["a"]
-    (packed / INDEX).write_text(json.dumps(content))
+    write_sealed(packed / INDEX, content)
     assert [finding.kind for finding in verify(packed)] == ["index-damaged"]

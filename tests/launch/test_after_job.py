@@ -219,7 +219,7 @@ def test_a_bug_in_one_rank_is_recorded(
     run: Path, rank: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Or srun, which ends the others by a signal, would report that one, and the job would come back to it."""
-    monkeypatch.setattr("launch.cli.app", lambda: [][0])
+    monkeypatch.setattr("launch.cli.app", lambda **_: [][0])
     assert rank() == 1
     assert "IndexError" in capsys.readouterr().err
     assert [end["code"] for end in read_events(run, "7", "ranks")] == [1]
