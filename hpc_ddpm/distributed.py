@@ -141,7 +141,8 @@ def _from_srun(env: Mapping[str, str]) -> Ranks:
     world_size = _integer(env, "SLURM_STEP_NUM_TASKS", default=_integer(env, "SLURM_NTASKS", default=1))
     tasks_here = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     address = env.get("MASTER_ADDR", "")
-    if (address == "localhost" or address.startswith("127.")) and env.get("SLURM_STEP_NUM_NODES", "1") != "1":
+    is_loopback = address == "localhost" or address.startswith("127.")
+    if is_loopback and env.get("SLURM_STEP_NUM_NODES", "1") != "1" and not _is_one_of_several_here(env):
         raise ClusterError(
             f"MASTER_ADDR={address} set, but srun started ranks on {env['SLURM_STEP_NUM_NODES']} nodes; "
             "`unset MASTER_ADDR MASTER_PORT` before"
@@ -155,6 +156,12 @@ def _from_srun(env: Mapping[str, str]) -> Ranks:
         master_addr=address or first_host(nodes),
         master_port=_integer(env, "MASTER_PORT", default=_srun_port(env)),
     )
+
+
+def _is_one_of_several_here(env: Mapping[str, str]) -> bool:
+    """Whether this node of SLURM is not called as its machine is: a development cluster runs several on one machine."""
+    host = socket.gethostname().partition(".")[0]
+    return env.get("SLURMD_NODENAME", host) != host
 
 
 def first_host(nodelist: str) -> str:
