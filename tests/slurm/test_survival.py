@@ -174,6 +174,7 @@ def test_preempted_tasks_of_an_array_come_back(
     cluster: Cluster, alone: Path, sampled_alone: dict[str, bytes], tmp_path: Path
 ) -> None:
     """They give back the volumes that they had begun."""
+    cluster.up()  # a node that another test lost comes back
     out, profile = tmp_path / "out", tmp_path / "scavenge.yaml"
     base = yaml.safe_load(list_profiles()["devcluster"].read_text())
     profile.write_text(yaml.safe_dump(base | {"partition": "scavenge"}))
