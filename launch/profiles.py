@@ -62,7 +62,7 @@ class Profile(Section):
     """The option of `sbatch` that asks for them; some sites take --gres=gpu:a100:4 only."""
     cpus_per_gpu: int = Field(default=4, ge=1)
     memory_per_gpu: Annotated[str, Field(pattern=r"^([1-9]\d{0,8}[MGT])?$")] = ""
-    """Of the node, for example 60G; the site's default where empty. Packing takes that of all the node's GPUs."""
+    """The node's memory, for example 60G; the site's default where empty. Packing takes that of all the node's GPUs."""
     time: Annotated[str, BeforeValidator(_check_time)] = "24:00:00"
     """Limit of one start; a job that needs more saves, requeues itself and goes on."""
     array_parallelism: int = Field(default=64, ge=1)

@@ -73,9 +73,9 @@ class CovariateConfig(Section):
     """Something else to condition on, besides the mask: a number with mean and std, or one of some values."""
 
     mean: float | None = None
-    """Of a number, about; the network sees (value - mean) / std."""
+    """The mean of a number, about; the network sees (value - mean) / std."""
     std: float | None = Field(default=None, gt=0)
-    """Of a number, about."""
+    """The standard deviation of a number, about."""
     values: Categories = ()
     """The categories, as they stand in the table."""
 
@@ -406,7 +406,7 @@ class TrainingConfig(Section):
     offload_parameters: Literal["none", "cpu"] = "none"
     """Stage 3: keep the sharded weights in the host's memory."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    """Of the average called `ema`, which sampling takes by default; 1 - decay is the newest weights' share."""
+    """How slowly the average `ema` follows; sampling takes it by default. The newest weights' share is 1 - decay."""
     ema_warmup: bool = True
     """Start with a short memory, min(decay, (1 + n) / (10 + n)) after n updates."""
     ema_every_steps: int = Field(default=1, gt=0)
@@ -491,15 +491,15 @@ class OutputConfig(Section):
     ] = ("nifti",)
     """One folder per modality, a BIDS-derivatives tree in bids/, a packed dataset in packed/; several at once."""
     dtype: Literal["float32", "int16", "uint8"] = "float32"
-    """Of NIfTI voxels; integers carry the scale that gives the values back, and clip to the value range."""
+    """The type of NIfTI voxels; integers carry the scale that gives the values back, and clip to the value range."""
     value_range: Literal["model", "unit", "zero_one"] = "model"
-    """Of NIfTI voxels: about [-1, 1] as the network gave them, clipped to [-1, 1], or [0, 1]."""
+    """The range of NIfTI voxels: about [-1, 1] as the network gave them, clipped to [-1, 1], or [0, 1]."""
     original_grid: bool = False
     """Put NIfTI volumes back on the grid of the mask's file; outside the model's field of view is background."""
     mask_coding: Literal["packed", "brats_raw"] = "packed"
-    """Of NIfTI masks: the label scheme's values, or raw BraTS (0, 1, 2, 4; no brain label)."""
+    """The values in NIfTI masks: the label scheme's values, or raw BraTS (0, 1, 2, 4; no brain label)."""
     compression_level: int = Field(default=1, ge=0, le=9)
-    """Of gzip: 1 is fast, 9 is small."""
+    """The effort of gzip: 1 is fast, 9 is small."""
     num_writers: int = Field(default=2, gt=0)
     """Threads per worker that check, compress and write while the next volume is computed."""
     record_origin: bool = False
@@ -527,7 +527,7 @@ class SamplingConfig(Section):
     """How volumes are generated."""
 
     weights: str = "ema"
-    """Of a run: `ema`, another of its averages (`ema_0.9999`, `ema_power_0.1`), or `master` (not averaged)."""
+    """Which weights of a run: `ema`, another of its averages (`ema_0.9999`, `ema_power_0.1`), or `master` (not averaged)."""
     sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "deis", "ipndm", "heun"] = "dpmpp_2m"
     num_steps: int = Field(default=20, gt=0)
     """Network evaluations per volume; at most diffusion.num_timesteps. heun uses two per step; guidance doubles."""
