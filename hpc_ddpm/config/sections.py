@@ -527,7 +527,7 @@ class SamplingConfig(Section):
     """How volumes are generated."""
 
     weights: str = "ema"
-    """Which weights of a run: `ema`, another of its averages (`ema_0.9999`, `ema_power_0.1`), or `master` (not averaged)."""
+    """Which weights of a run: `ema`, another average (`ema_0.9999`, `ema_power_0.1`), or `master` (not averaged)."""
     sampler: Literal["ddpm", "ddim", "dpmpp_2m", "unipc", "deis", "ipndm", "heun"] = "dpmpp_2m"
     num_steps: int = Field(default=20, gt=0)
     """Network evaluations per volume; at most diffusion.num_timesteps. heun uses two per step; guidance doubles."""
